@@ -1,0 +1,181 @@
+"""Paged attention over sparse pages in plain torch: the definition every kernel is tested against.
+
+For a request with c tokens computed before this step and a query at position t >= c, position
+j <= t contributes
+
+- j >= c: the step's own key and value, dense;
+- c - window <= j < c and the ring holds j: the dense copy in the ring;
+- otherwise: the pruned vector unpacked from its page.
+
+One softmax runs over all of them, in float32, accumulated online tile by tile so that memory does
+not grow with the length of the history.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.pack.reference import unpack_vectors
+
+TILE_ELEMENTS = 1 << 22
+"""Unpacked or score elements held at once, the bound on working memory."""
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    window: torch.Tensor | None,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor | None,
+    scale: float,
+    fmt: SparseFormat,
+    out: torch.Tensor,
+) -> None:
+    """Causal attention of a ragged batch, written into ``out``.
+
+    Args:
+        query: (num_tokens, num_heads, D) model dtype.
+        key: (num_tokens, num_kv_heads, D) model dtype, this step's, after RoPE.
+        value: (num_tokens, num_kv_heads, D) model dtype, this step's.
+        pages: (num_blocks, num_kv_heads, block_size, token_bytes) uint8.
+        window: (num_blocks, num_kv_heads, r, slot elements) model dtype, or None when
+            ``fmt.window`` is 0.
+        query_start_loc: (num_reqs + 1,) int32, first token of each request in this step.
+        seq_lens: (num_reqs,) int32, tokens of each request including this step's.
+        block_table: (num_reqs, max_blocks) int32, page of each block of tokens.
+        window_block_table: (num_reqs, m) int32, ring blocks of each request, or None.
+        scale: factor on q . k before the softmax.
+        fmt: the cache format.
+        out: (num_tokens, num_heads, D), written for the tokens of the requests only.
+    """
+    query_lens = query_start_loc.diff()
+    for query_len in query_lens.unique().tolist():
+        if query_len == 0:
+            continue
+        requests = (query_lens == query_len).nonzero().squeeze(-1)
+        tokens = query_start_loc[requests, None].long() + torch.arange(query_len, device=query.device)
+        softmax = _OnlineSoftmax(query[tokens], key.shape[1], scale)
+        context_lens = seq_lens[requests].long() - query_len
+        tags = None
+        if window is not None:
+            tags = _attend_window(
+                softmax, window, window_block_table[requests].long(), context_lens, fmt
+            )
+        _attend_pages(softmax, pages, tags, block_table[requests].long(), context_lens, fmt)
+        _attend_step(softmax, key[tokens], value[tokens])
+        out[tokens] = softmax.output().to(out.dtype)
+
+
+class _OnlineSoftmax:
+    """Softmax-weighted sum of values over tiles of keys, for R requests of L queries each.
+
+    Args:
+        query: (R, L, num_heads, D).
+        num_kv_heads: H; query head h reads KV head ``h // (num_heads // H)`` (GQA).
+        scale: factor on q . k.
+    """
+
+    def __init__(self, query: torch.Tensor, num_kv_heads: int, scale: float) -> None:
+        requests, length, _, size = query.shape
+        grouped = query.float().unflatten(2, (num_kv_heads, -1)) * scale
+        # (R, H, L * G, D): the queries that share a KV head are rows of one matrix product.
+        self.query = grouped.transpose(1, 2).reshape(requests, num_kv_heads, -1, size)
+        self.length = length
+        self.maximum = self.query.new_full(self.query.shape[:3], -torch.inf)
+        self.total = torch.zeros_like(self.maximum)
+        self.weighted = torch.zeros_like(self.query)
+
+    def add(self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor) -> None:
+        """Fold in n keys and values.
+
+        Args:
+            key: (R, H, n, D) float32.
+            value: (R, H, n, D) float32.
+            visible: bool, broadcastable to (R, H, L, n).
+        """
+        n = key.shape[2]
+        scores = (self.query @ key.mT).unflatten(2, (self.length, -1))
+        scores = scores.masked_fill(~visible.unsqueeze(-2), -torch.inf).flatten(2, 3)
+        maximum = torch.maximum(self.maximum, scores.amax(-1)) if n else self.maximum
+        shift = maximum.masked_fill(maximum == -torch.inf, 0)
+        weights = (scores - shift.unsqueeze(-1)).exp_()
+        correction = (self.maximum - shift).exp_()
+        self.total = self.total * correction + weights.sum(-1)
+        self.weighted = self.weighted * correction.unsqueeze(-1) + weights @ value
+        self.maximum = maximum
+
+    def output(self) -> torch.Tensor:
+        """(R, L, num_heads, D) float32."""
+        result = self.weighted / self.total.unsqueeze(-1)
+        return result.unflatten(2, (self.length, -1)).transpose(1, 2).flatten(2, 3)
+
+
+def _attend_window(
+    softmax: _OnlineSoftmax,
+    window: torch.Tensor,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    fmt: SparseFormat,
+) -> torch.Tensor:
+    """Fold in the ring; returns its usable tags (R, H, ring), 0 where a slot is not usable."""
+    slots = fmt.slots(window)
+    # Blocks (R, m, H, r, ...) to one ring (R, H, m * r, ...).
+    key, value, tag = (slot[block_table].transpose(1, 2).flatten(2, 3) for slot in slots)
+    position = tag.long() - 1
+    context = context_lens[:, None, None]
+    in_window = (position >= context - fmt.window) & (position >= 0) & (position < context)
+    in_place = position % tag.shape[-1] == torch.arange(tag.shape[-1], device=tag.device)
+    usable = in_window & in_place
+    hidden = ~usable.unsqueeze(-1)
+    softmax.add(
+        key.float().masked_fill(hidden, 0), value.float().masked_fill(hidden, 0), usable.unsqueeze(2)
+    )
+    return tag.long() * usable
+
+
+def _attend_pages(
+    softmax: _OnlineSoftmax,
+    pages: torch.Tensor,
+    tags: torch.Tensor | None,
+    block_table: torch.Tensor,
+    context_lens: torch.Tensor,
+    fmt: SparseFormat,
+) -> None:
+    """Fold in the pruned history, a bounded number of blocks at a time."""
+    block_size = pages.shape[2]
+    num_blocks = -(-int(context_lens.max()) // block_size)
+    requests, heads, rows, size = softmax.query.shape
+    step = max(1, TILE_ELEMENTS // (requests * heads * block_size * max(rows, size)))
+    for start in range(0, num_blocks, step):
+        blocks = block_table[:, start : min(start + step, num_blocks)]
+        position = start * block_size + torch.arange(
+            blocks.shape[1] * block_size, device=pages.device
+        )
+        stored = (position < context_lens[:, None])[:, None]
+        if tags is not None:
+            stored = stored & (tags[..., position % tags.shape[-1]] != position + 1)
+        sections = fmt.sections(pages.index_select(0, blocks.flatten()))
+        # Blocks (R * n, H, N, ...) to one run of tokens (R, H, n * N, ...).
+        tile = [s.unflatten(0, blocks.shape).transpose(1, 2).flatten(2, 3) for s in sections]
+        hidden = ~stored.unsqueeze(-1)
+        softmax.add(
+            unpack_vectors(*tile[0::2], fmt.key).masked_fill(hidden, 0),
+            unpack_vectors(*tile[1::2], fmt.value).masked_fill(hidden, 0),
+            stored.unsqueeze(2),
+        )
+
+
+def _attend_step(softmax: _OnlineSoftmax, key: torch.Tensor, value: torch.Tensor) -> None:
+    """Fold in the step's own tokens (R, L, H, D), causally."""
+    requests, length, heads, _ = key.shape
+    key, value = key.float().transpose(1, 2), value.float().transpose(1, 2)
+    row = torch.arange(length, device=key.device)
+    step = max(1, TILE_ELEMENTS // (requests * heads * softmax.query.shape[2]))
+    for start in range(0, length, step):
+        tile = slice(start, start + step)
+        softmax.add(key[:, :, tile], value[:, :, tile], row[:, None] >= row[tile])

@@ -1,0 +1,123 @@
+"""Prune, pack and unpack in plain torch (Mustafar, arXiv 2505.22913, section 3: per-token magnitude)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from vllm_sparsekv.format import SparseFormat, VectorFormat
+
+
+def survivor_mask(x: torch.Tensor, survivors: int) -> torch.Tensor:
+    """Which elements of each vector survive: exactly k, largest |x|, ties to the lower index.
+
+    Magnitudes are compared as bit patterns, so Inf beats every number and NaN beats Inf.
+
+    Args:
+        x: (..., D) floats.
+        survivors: k, 0 < k <= D.
+
+    Returns:
+        (..., D) bool with k True per vector.
+    """
+    size = x.shape[-1]
+    integer = {2: torch.int16, 4: torch.int32}[x.dtype.itemsize]
+    magnitude = x.abs().contiguous().view(integer).long()
+    rank = magnitude * size + torch.arange(size - 1, -1, -1, device=x.device)
+    kept = rank.topk(survivors, dim=-1, sorted=False).indices
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, kept, True)
+
+
+def pack_vectors(
+    x: torch.Tensor, fmt: VectorFormat
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Prune and encode vectors.
+
+    Args:
+        x: (..., D) floats; a surviving -0.0 is stored as 0.
+        fmt: format of these vectors.
+
+    Returns:
+        bitmaps (..., D/8), values (..., value_bytes) and scales (..., scale_bytes), all uint8.
+    """
+    mask = survivor_mask(x, fmt.survivors)
+    bit = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
+    bitmap = (mask.unflatten(-1, (-1, 8)) * bit).sum(-1, dtype=torch.uint8)
+    values = x[mask].unflatten(0, (*x.shape[:-1], fmt.survivors)) + 0.0
+    return bitmap, *fmt.codec.encode(values)
+
+
+def unpack_vectors(
+    bitmap: torch.Tensor, values: torch.Tensor, scales: torch.Tensor, fmt: VectorFormat
+) -> torch.Tensor:
+    """Decode vectors; pruned elements are 0. The inverse of :func:`pack_vectors`.
+
+    Args:
+        bitmap: (..., D/8) uint8.
+        values: (..., value_bytes) uint8.
+        scales: (..., scale_bytes) uint8.
+        fmt: format of these vectors.
+
+    Returns:
+        (..., D) float32.
+    """
+    decoded = torch.nn.functional.pad(fmt.codec.decode(values, scales), (0, 1))
+    rank = _survivor_ranks(bitmap, fmt.survivors)
+    return decoded.gather(-1, rank.clamp_max_(fmt.survivors).long())
+
+
+def _survivor_ranks(bitmap: torch.Tensor, survivors: int) -> torch.Tensor:
+    """Index of each element's value among the survivors, k or more where the element was pruned.
+
+    Four int16 ranks share one int64, so a table look-up and an addition serve four elements.
+
+    Args:
+        bitmap: (..., D/8) uint8.
+        survivors: k.
+
+    Returns:
+        (..., D) int16.
+    """
+    in_byte, population = _byte_tables(survivors, bitmap.device)
+    byte = bitmap.int()
+    count = population[byte]
+    before = (count.cumsum(-1) - count) * 0x0001_0001_0001_0001
+    return (in_byte[byte] + before.unsqueeze(-1)).flatten(-2).view(torch.int16)
+
+
+@cache
+def _byte_tables(survivors: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each byte value: ranks of its bits, (256, 2) int64 of four int16, and set bits, (256,)."""
+    bits = torch.arange(256, device=device).unsqueeze(-1) >> torch.arange(8, device=device) & 1
+    rank = (bits.cumsum(-1) - 1).masked_fill(bits == 0, survivors)
+    return rank.to(torch.int16).view(torch.int64), bits.sum(-1)
+
+
+def pack(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    pages: torch.Tensor,
+    fmt: SparseFormat,
+) -> None:
+    """Prune a step's keys and values and write them into their pages, in place.
+
+    Args:
+        key: (num_tokens, num_kv_heads, D) model dtype, after RoPE.
+        value: (num_tokens, num_kv_heads, D) model dtype.
+        slot_mapping: (num_slots,) int64, ``block * block_size + offset`` per token, negative for
+            padding; tokens beyond ``num_slots`` are padding too.
+        pages: (num_blocks, num_kv_heads, block_size, token_bytes) uint8.
+        fmt: the cache format.
+    """
+    real = (slot_mapping >= 0).nonzero().squeeze(-1)
+    slot = slot_mapping[real]
+    block, offset = slot // pages.shape[2], slot % pages.shape[2]
+    packed_key = pack_vectors(key[real], fmt.key)
+    packed_value = pack_vectors(value[real], fmt.value)
+    sections = fmt.sections(pages)
+    for section, packed in zip(sections[0::2], packed_key, strict=True):
+        section[block, :, offset] = packed
+    for section, packed in zip(sections[1::2], packed_value, strict=True):
+        section[block, :, offset] = packed

@@ -1,0 +1,87 @@
+"""User settings: ``additional_config={"sparsekv": {...}}`` or ``--additional-config``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vllm_sparsekv.codecs import CODECS
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "quality": {"key_sparsity": 0.3, "value_sparsity": 0.3, "window": 128},
+    "balanced": {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": 64},
+    "capacity": {
+        "key_sparsity": 0.5,
+        "value_sparsity": 0.5,
+        "key_dtype": "fp8",
+        "value_dtype": "fp8",
+        "window": 64,
+    },
+}
+
+
+@dataclass(frozen=True)
+class SparseKVConfig:
+    """Validated settings.
+
+    Attributes:
+        key_sparsity: share of each key vector that is dropped, 0 <= s < 1.
+        value_sparsity: share of each value vector that is dropped, 0 <= s < 1.
+        key_dtype: how surviving key elements are stored, a name in ``codecs.CODECS``.
+        value_dtype: how surviving value elements are stored, a name in ``codecs.CODECS``.
+        window: newest tokens of a request that stay dense, >= 0.
+    """
+
+    key_sparsity: float = 0.5
+    value_sparsity: float = 0.5
+    key_dtype: str = "auto"
+    value_dtype: str = "auto"
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("key_sparsity", "value_sparsity"):
+            value = getattr(self, name)
+            if not _is_number(value) or math.isnan(value) or not 0 <= value < 1:
+                raise _invalid(name, value, "a number s with 0 <= s < 1")
+        for name in ("key_dtype", "value_dtype"):
+            value = getattr(self, name)
+            if value not in CODECS:
+                raise _invalid(name, value, f"one of {sorted(CODECS)}")
+        if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
+            raise _invalid("window", self.window, "an integer >= 0 (tokens)")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any] | None) -> SparseKVConfig:
+        """Build from the user's mapping; ``preset`` first, then single fields on top of it.
+
+        Raises:
+            ValueError: names the field, the value and the valid set.
+        """
+        if settings is None:
+            return cls()
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"sparsekv={settings!r}: must be a mapping of settings")
+        valid = ["preset", *(field.name for field in fields(cls))]
+        for name in settings:
+            if name not in valid:
+                near = difflib.get_close_matches(str(name), valid, n=1)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise ValueError(f"sparsekv.{name}: unknown setting, {hint}valid: {valid}")
+        values = dict(settings)
+        preset = values.pop("preset", None)
+        if preset is not None:
+            if not isinstance(preset, str) or preset not in PRESETS:
+                raise _invalid("preset", preset, f"one of {sorted(PRESETS)}")
+            values = PRESETS[preset] | values
+        return cls(**values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _invalid(name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"sparsekv.{name}={value!r}: must be {expected}")

@@ -1,0 +1,236 @@
+"""The byte layout of a sparse page and of a window slot; every size derives from here.
+
+A vLLM block of N tokens holds one contiguous *tile* per KV head (cache layout ``LBHNC``). A tile
+keeps the six sections of all its tokens one after the other, N entries each (D = head_size, k =
+survivors, b = bits of the codec, s = scale bytes of the codec; K and V have their own k, b, s)::
+
+    +-----------+-----------+------------+------------+----------+----------+
+    | K bitmaps | V bitmaps | K values   | V values   | K scales | V scales |
+    | N * D/8   | N * D/8   | N * kK*b/8 | N * kV*b/8 | N * sK   | N * sV   |
+    +-----------+-----------+------------+------------+----------+----------+
+
+N is a multiple of 16, so every section starts at a multiple of 16 bytes. Bit ``i % 8`` of bitmap
+byte ``i // 8`` is set when element i of the vector survived; the values follow in element order.
+Every vector costs the same bytes, so a page is complete once written and needs no offsets.
+
+The dense window is a ring of slots per request in blocks of its own. One slot, in the model dtype::
+
+    +-------+-------+-----------------------------------------+
+    | K (D) | V (D) | int32 position + 1, padded to 8 bytes   |
+    +-------+-------+-----------------------------------------+
+
+A slot holds position p only if its tag equals p + 1, so zeroed memory holds nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from vllm_sparsekv.codecs import CODECS, Codec
+from vllm_sparsekv.config import SparseKVConfig
+
+TAG_BYTES = 8
+BLOCK_SIZE_MULTIPLE = 16
+MODEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class VectorFormat:
+    """One key or value vector of one token and KV head.
+
+    Attributes:
+        head_size: D, elements before pruning.
+        survivors: k, elements kept, a multiple of 4.
+        codec: how the survivors are stored.
+    """
+
+    head_size: int
+    survivors: int
+    codec: Codec
+
+    @classmethod
+    def from_sparsity(cls, head_size: int, sparsity: float, codec: Codec) -> VectorFormat:
+        """Round the survivors of ``sparsity`` up to a multiple of 4."""
+        kept = round(head_size * (1 - sparsity), 6)
+        return cls(head_size, 4 * math.ceil(kept / 4), codec)
+
+    @property
+    def sparsity(self) -> float:
+        """Effective sparsity, after rounding."""
+        return 1 - self.survivors / self.head_size
+
+    @property
+    def bitmap_bytes(self) -> int:
+        return self.head_size // 8
+
+    @property
+    def value_bytes(self) -> int:
+        return self.survivors * self.codec.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.codec.scale_bytes
+
+    @property
+    def num_bytes(self) -> int:
+        return self.bitmap_bytes + self.value_bytes + self.scale_bytes
+
+
+class PageSections(NamedTuple):
+    """Views into pages, uint8, each (num_blocks, num_kv_heads, block_size, section width)."""
+
+    key_bitmap: torch.Tensor
+    value_bitmap: torch.Tensor
+    key_values: torch.Tensor
+    value_values: torch.Tensor
+    key_scales: torch.Tensor
+    value_scales: torch.Tensor
+
+
+class WindowSlots(NamedTuple):
+    """Views into window blocks, each (num_blocks, num_kv_heads, slots, ...)."""
+
+    key: torch.Tensor
+    """(..., D) model dtype."""
+    value: torch.Tensor
+    """(..., D) model dtype."""
+    tag: torch.Tensor
+    """(...) int32, position + 1, 0 when empty."""
+
+
+@dataclass(frozen=True)
+class SparseFormat:
+    """The whole cache format of one attention layer.
+
+    Attributes:
+        key: format of key vectors.
+        value: format of value vectors.
+        dtype: model dtype, also the dtype of the dense window.
+        window: newest tokens of a request that stay dense; 0 means no window.
+        lookahead: tokens a step may write beyond the accepted ones (speculative decoding).
+    """
+
+    key: VectorFormat
+    value: VectorFormat
+    dtype: torch.dtype
+    window: int
+    lookahead: int = 0
+
+    @classmethod
+    def from_config(
+        cls, config: SparseKVConfig, head_size: int, dtype: torch.dtype, lookahead: int = 0
+    ) -> SparseFormat:
+        """Derive the format for one layer.
+
+        Raises:
+            ValueError: head_size not a multiple of 16, dtype not a model dtype, or a sparsity that
+                leaves fewer than 4 survivors.
+        """
+        if head_size <= 0 or head_size % 16:
+            raise ValueError(f"head_size={head_size}: must be a positive multiple of 16")
+        if dtype not in MODEL_DTYPES:
+            raise ValueError(f"dtype={dtype}: must be one of {list(MODEL_DTYPES)}")
+        for name in ("key_sparsity", "value_sparsity"):
+            sparsity = getattr(config, name)
+            if head_size * (1 - sparsity) < 4:
+                raise ValueError(
+                    f"sparsekv.{name}={sparsity}: leaves fewer than 4 of {head_size} elements, "
+                    f"must be <= {1 - 4 / head_size:g} for head_size {head_size}"
+                )
+        return cls(
+            key=VectorFormat.from_sparsity(
+                head_size, config.key_sparsity, CODECS[config.key_dtype](dtype)
+            ),
+            value=VectorFormat.from_sparsity(
+                head_size, config.value_sparsity, CODECS[config.value_dtype](dtype)
+            ),
+            dtype=dtype,
+            window=config.window,
+            lookahead=lookahead,
+        )
+
+    @property
+    def head_size(self) -> int:
+        return self.key.head_size
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's key and value in one KV head."""
+        return self.key.num_bytes + self.value.num_bytes
+
+    @property
+    def dense_token_bytes(self) -> int:
+        """The same, unpruned in the model dtype."""
+        return 2 * self.head_size * self.dtype.itemsize
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one window slot in one KV head."""
+        return self.dense_token_bytes + TAG_BYTES
+
+    @property
+    def min_ring_slots(self) -> int:
+        """Slots the ring must have so that a step never overwrites a token its window needs."""
+        if self.window == 0:
+            return 0
+        return self.window + (self.lookahead + 1 if self.lookahead else 0)
+
+    def slots_per_block(self, block_size: int) -> int:
+        """r: window slots in one block, the largest divisor of ``block_size`` that fits a page.
+
+        Args:
+            block_size: N, tokens of a sparse page.
+
+        Raises:
+            ValueError: block_size is not a multiple of 16 or its page cannot hold one slot.
+        """
+        if block_size <= 0 or block_size % BLOCK_SIZE_MULTIPLE:
+            raise ValueError(
+                f"block_size={block_size}: must be a positive multiple of {BLOCK_SIZE_MULTIPLE}"
+            )
+        fitting = block_size * self.token_bytes // self.slot_bytes
+        if fitting == 0:
+            smallest = math.ceil(self.slot_bytes / self.token_bytes / BLOCK_SIZE_MULTIPLE)
+            raise ValueError(
+                f"block_size={block_size}: a page of {block_size} tokens x {self.token_bytes} "
+                f"bytes cannot hold one window slot of {self.slot_bytes} bytes, "
+                f"must be >= {smallest * BLOCK_SIZE_MULTIPLE}"
+            )
+        divisors = (r for r in range(min(fitting, block_size), 0, -1) if block_size % r == 0)
+        return next(divisors)
+
+    def blocks_per_ring(self, slots_per_block: int) -> int:
+        """m: window blocks one request holds."""
+        return math.ceil(self.min_ring_slots / slots_per_block)
+
+    def sections(self, pages: torch.Tensor) -> PageSections:
+        """Split pages (num_blocks, num_kv_heads, N, token_bytes) uint8 into section views."""
+        num_blocks, num_kv_heads, block_size, width = pages.shape
+        if width != self.token_bytes:
+            raise ValueError(f"pages hold {width} bytes a token, format has {self.token_bytes}")
+        tiles = pages.view(num_blocks, num_kv_heads, block_size * width)
+        widths = (
+            self.key.bitmap_bytes,
+            self.value.bitmap_bytes,
+            self.key.value_bytes,
+            self.value.value_bytes,
+            self.key.scale_bytes,
+            self.value.scale_bytes,
+        )
+        parts = tiles.split([block_size * width for width in widths], dim=-1)
+        return PageSections(
+            *(part.unflatten(-1, (block_size, width)) for part, width in zip(parts, widths, strict=True))
+        )
+
+    def slots(self, window: torch.Tensor) -> WindowSlots:
+        """Split window blocks (num_blocks, num_kv_heads, r, slot elements) into slot views."""
+        size = self.head_size
+        return WindowSlots(
+            key=window[..., :size],
+            value=window[..., size : 2 * size],
+            tag=window[..., 2 * size :].view(torch.int32)[..., 0],
+        )

@@ -1,0 +1,176 @@
+"""Every vLLM internal this package uses; nothing else imports vLLM.
+
+Importing this module on an unsupported vLLM raises one line that says what to install.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from vllm.version import __version__ as VLLM_VERSION
+
+SUPPORTED = SpecifierSet(">=0.32,<0.34", prereleases=True)
+
+
+def check_version(version: str) -> None:
+    """Raise ImportError unless this package supports the vLLM version."""
+    if Version(Version(version).base_version) not in SUPPORTED:
+        raise ImportError(
+            f"vllm {version} found, vllm_sparsekv needs {SUPPORTED}: "
+            f"pip install 'vllm{SUPPORTED}' (or set VLLM_PLUGINS to leave sparsekv out)"
+        )
+
+
+check_version(VLLM_VERSION)
+
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.core.single_type_kv_cache_manager import (
+    CircularBufferManager,
+    register_all_kvcache_specs,
+)
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    CircularBufferSpec,
+    KVCacheLayout,
+)
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+__all__ = [
+    "VLLM_VERSION",
+    "AttentionBackend",
+    "AttentionCGSupport",
+    "AttentionImpl",
+    "AttentionLayerBase",
+    "AttentionMetadataBuilder",
+    "AttentionSpec",
+    "AttentionType",
+    "CircularBufferManager",
+    "CircularBufferSpec",
+    "CommonAttentionMetadata",
+    "KVCacheLayout",
+    "MultipleOf",
+    "VllmConfig",
+    "check_version",
+    "first_layer_index",
+    "get_current_vllm_config",
+    "init_logger",
+    "layer_metadata",
+    "lookahead_tokens",
+    "register_backend_member",
+    "register_ring",
+    "watch_config",
+]
+
+
+def register_backend_member(name: str, class_path: str, restore: Callable[[], Any]) -> Any:
+    """Add ``name`` to vLLM's attention backends and make it selectable on this platform.
+
+    Args:
+        name: the enum member, upper case.
+        class_path: dotted path of the ``AttentionBackend``.
+        restore: module-level function that registers and returns the member. A spawned process
+            unpickles its configuration before it has loaded plugins, so the member is pickled as
+            a call of this function instead of by value.
+
+    Returns:
+        The ``AttentionBackendEnum`` member.
+    """
+    if name not in AttentionBackendEnum.__members__:
+        register_backend(name, class_path)
+    member = AttentionBackendEnum[name]
+    member.__reduce_ex__ = lambda protocol: (restore, ())
+    if current_platform.is_cpu():
+        _honour_choice_on_cpu(member, class_path)
+    return member
+
+
+def _honour_choice_on_cpu(member: Any, class_path: str) -> None:
+    """``CpuPlatform.get_attn_backend_cls`` ignores the selected backend; answer for ours."""
+
+    def make(original: Callable[..., str]) -> Callable[..., str]:
+        def get_attn_backend_cls(
+            cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+        ) -> str:
+            if selected_backend is not member:
+                return original(selected_backend, attn_selector_config, num_heads)
+            reasons = member.get_class().validate_configuration(
+                device_capability=None, **attn_selector_config._asdict()
+            )
+            if reasons:
+                raise ValueError(f"attention backend {member.name}: {'; '.join(reasons)}")
+            return class_path
+
+        return get_attn_backend_cls
+
+    _wrap_platform_hook("get_attn_backend_cls", make)
+
+
+def watch_config(member: Any, check: Callable[[VllmConfig], None]) -> None:
+    """Call ``check`` on every engine configuration that selects ``member``.
+
+    It runs inside ``VllmConfig`` creation, in the user's own process, so what it raises reaches
+    the caller of ``LLM()`` or ``vllm serve`` before any weight is read.
+    """
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
+            original(vllm_config)
+            if vllm_config.attention_config.backend is member:
+                check(vllm_config)
+
+        return check_and_update_config
+
+    _wrap_platform_hook("check_and_update_config", make)
+
+
+def _wrap_platform_hook(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    platform = type(current_platform)
+    original = getattr(platform, name)
+    if getattr(original, "wrapped_by_sparsekv", False):
+        return
+    wrapper = make(original)
+    wrapper.wrapped_by_sparsekv = True
+    setattr(platform, name, classmethod(wrapper))
+
+
+def register_ring(spec: type[CircularBufferSpec], manager: type[CircularBufferManager]) -> None:
+    """Tell vLLM's block pool which manager serves ``spec``."""
+    # The registry adds vLLM's own specs only while it is empty, so they must go in before ours.
+    register_all_kvcache_specs(None)
+    KVCacheSpecRegistry.register(spec, manager)
+
+
+def first_layer_index(vllm_config: VllmConfig) -> int:
+    """Global index of the first decoder layer on this pipeline rank."""
+    start, _ = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
+    return start
+
+
+def lookahead_tokens(vllm_config: VllmConfig) -> int:
+    """Draft tokens a step may write beyond the accepted ones."""
+    return max(vllm_config.num_speculative_tokens, vllm_config.num_lookahead_tokens)
+
+
+def layer_metadata(layer_name: str) -> Any:
+    """This step's attention metadata of a layer; None in profiling runs."""
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):
+        metadata = metadata[0]
+    return None if metadata is None else metadata[layer_name]
