@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.vllm_compat import VllmConfig, lookahead_tokens
@@ -11,12 +13,25 @@ DEFAULT_BLOCK_SIZE = 64
 
 
 def settings_of(vllm_config: VllmConfig) -> SparseKVConfig:
-    """The user's validated settings.
+    """The user's validated settings, ``additional_config["sparsekv"]``.
 
     Raises:
         ValueError: names the field, the value and the valid set.
     """
-    return SparseKVConfig.from_dict(vllm_config.additional_config.get(SETTINGS_KEY))
+    given = vllm_config.additional_config
+    for name in given:
+        if name != SETTINGS_KEY and difflib.get_close_matches(name, [SETTINGS_KEY]):
+            raise ValueError(f"additional_config[{name!r}]: did you mean {SETTINGS_KEY!r}?")
+    return SparseKVConfig.from_dict(given.get(SETTINGS_KEY))
+
+
+def refuse_unused_settings(vllm_config: VllmConfig) -> None:
+    """Refuse settings for sparse pages on an engine that uses another attention backend."""
+    if SETTINGS_KEY in vllm_config.additional_config:
+        raise ValueError(
+            f"additional_config[{SETTINGS_KEY!r}] is set but attention_backend="
+            f"{vllm_config.attention_config.backend}: must be 'sparsekv'"
+        )
 
 
 def layer_format(vllm_config: VllmConfig, head_size: int) -> SparseFormat:
@@ -40,12 +55,19 @@ def admit(vllm_config: VllmConfig) -> None:
     cache = vllm_config.cache_config
     if model is None:
         return
-    if model.use_mla:
-        raise ValueError("attention_backend=sparsekv: models with MLA are not supported")
-    if model.is_encoder_decoder:
-        raise ValueError("attention_backend=sparsekv: encoder-decoder models are not supported")
-    if model.get_sliding_window() is not None or _has_sliding_layers(model.hf_text_config):
-        raise ValueError("attention_backend=sparsekv: sliding-window layers are not supported")
+    unsupported = {
+        "MLA": model.use_mla,
+        "encoder-decoder attention": model.is_encoder_decoder,
+        "Mamba and linear-attention layers": model.is_hybrid or model.is_attention_free,
+        "sliding-window layers": model.get_sliding_window() is not None
+        or _has_sliding_layers(model.hf_text_config),
+    }
+    for what, present in unsupported.items():
+        if present:
+            raise ValueError(
+                f"attention_backend=sparsekv: {model.model} has {what}, supported are decoder "
+                f"models with full attention in every layer"
+            )
     if cache.cache_dtype != "auto":
         raise ValueError(
             f"kv_cache_dtype={cache.cache_dtype!r}: must be 'auto' with attention_backend=sparsekv; "

@@ -48,7 +48,7 @@ class SparseKVConfig:
                 raise _invalid(name, value, "a number s with 0 <= s < 1")
         for name in ("key_dtype", "value_dtype"):
             value = getattr(self, name)
-            if value not in CODECS:
+            if not isinstance(value, str) or value not in CODECS:
                 raise _invalid(name, value, f"one of {sorted(CODECS)}")
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
             raise _invalid("window", self.window, "an integer >= 0 (tokens)")

@@ -55,8 +55,7 @@ class VectorFormat:
     @classmethod
     def from_sparsity(cls, head_size: int, sparsity: float, codec: Codec) -> VectorFormat:
         """Round the survivors of ``sparsity`` up to a multiple of 4."""
-        kept = round(head_size * (1 - sparsity), 6)
-        return cls(head_size, 4 * math.ceil(kept / 4), codec)
+        return cls(head_size, 4 * math.ceil(_kept(head_size, sparsity) / 4), codec)
 
     @property
     def sparsity(self) -> float:
@@ -78,6 +77,11 @@ class VectorFormat:
     @property
     def num_bytes(self) -> int:
         return self.bitmap_bytes + self.value_bytes + self.scale_bytes
+
+
+def _kept(head_size: int, sparsity: float) -> float:
+    """Elements ``sparsity`` asks to keep; 0.7 of 80 is 24, not 24 and a rounding error."""
+    return round(head_size * (1 - sparsity), 6)
 
 
 class PageSections(NamedTuple):
@@ -136,10 +140,11 @@ class SparseFormat:
             raise ValueError(f"dtype={dtype}: must be one of {list(MODEL_DTYPES)}")
         for name in ("key_sparsity", "value_sparsity"):
             sparsity = getattr(config, name)
-            if head_size * (1 - sparsity) < 4:
+            if _kept(head_size, sparsity) < 4:
+                largest = math.floor((1 - 4 / head_size) * 1e4) / 1e4
                 raise ValueError(
                     f"sparsekv.{name}={sparsity}: leaves fewer than 4 of {head_size} elements, "
-                    f"must be <= {1 - 4 / head_size:g} for head_size {head_size}"
+                    f"must be <= {largest} for head_size {head_size}"
                 )
         return cls(
             key=VectorFormat.from_sparsity(
@@ -223,7 +228,10 @@ class SparseFormat:
         )
         parts = tiles.split([block_size * width for width in widths], dim=-1)
         return PageSections(
-            *(part.unflatten(-1, (block_size, width)) for part, width in zip(parts, widths, strict=True))
+            *(
+                part.unflatten(-1, (block_size, width))
+                for part, width in zip(parts, widths, strict=True)
+            )
         )
 
     def slots(self, window: torch.Tensor) -> WindowSlots:

@@ -20,10 +20,10 @@ def register() -> None:
 def backend_member() -> Any:
     """Register everything and return the ``AttentionBackendEnum`` member."""
     from vllm_sparsekv import vllm_compat
-    from vllm_sparsekv.admission import admit
+    from vllm_sparsekv.admission import admit, refuse_unused_settings
     from vllm_sparsekv.window import RingManager, RingSpec
 
     member = vllm_compat.register_backend_member(BACKEND_NAME, BACKEND_PATH, backend_member)
-    vllm_compat.watch_config(member, admit)
+    vllm_compat.watch_config(member, admit, refuse_unused_settings)
     vllm_compat.register_ring(RingSpec, RingManager)
     return member

@@ -12,12 +12,12 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from vllm.version import __version__ as VLLM_VERSION
 
-SUPPORTED = SpecifierSet(">=0.32,<0.34", prereleases=True)
+SUPPORTED = ">=0.32,<0.34"
 
 
 def check_version(version: str) -> None:
     """Raise ImportError unless this package supports the vLLM version."""
-    if Version(Version(version).base_version) not in SUPPORTED:
+    if Version(version).base_version not in SpecifierSet(SUPPORTED):
         raise ImportError(
             f"vllm {version} found, vllm_sparsekv needs {SUPPORTED}: "
             f"pip install 'vllm{SUPPORTED}' (or set VLLM_PLUGINS to leave sparsekv out)"
@@ -106,7 +106,10 @@ def _honour_choice_on_cpu(member: Any, class_path: str) -> None:
 
     def make(original: Callable[..., str]) -> Callable[..., str]:
         def get_attn_backend_cls(
-            cls: type, selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None
+            cls: type,
+            selected_backend: Any,
+            attn_selector_config: Any,
+            num_heads: int | None = None,
         ) -> str:
             if selected_backend is not member:
                 return original(selected_backend, attn_selector_config, num_heads)
@@ -122,8 +125,10 @@ def _honour_choice_on_cpu(member: Any, class_path: str) -> None:
     _wrap_platform_hook("get_attn_backend_cls", make)
 
 
-def watch_config(member: Any, check: Callable[[VllmConfig], None]) -> None:
-    """Call ``check`` on every engine configuration that selects ``member``.
+def watch_config(
+    member: Any, selected: Callable[[VllmConfig], None], other: Callable[[VllmConfig], None]
+) -> None:
+    """Call ``selected`` on every engine configuration that selects ``member``, else ``other``.
 
     It runs inside ``VllmConfig`` creation, in the user's own process, so what it raises reaches
     the caller of ``LLM()`` or ``vllm serve`` before any weight is read.
@@ -132,15 +137,19 @@ def watch_config(member: Any, check: Callable[[VllmConfig], None]) -> None:
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
             original(vllm_config)
-            if vllm_config.attention_config.backend is member:
-                check(vllm_config)
+            attention = vllm_config.attention_config
+            chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+            check = selected if member in chosen else other
+            check(vllm_config)
 
         return check_and_update_config
 
     _wrap_platform_hook("check_and_update_config", make)
 
 
-def _wrap_platform_hook(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def _wrap_platform_hook(
+    name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
     platform = type(current_platform)
     original = getattr(platform, name)
     if getattr(original, "wrapped_by_sparsekv", False):

@@ -71,7 +71,11 @@ class RingManager(CircularBufferManager):
         return claimed
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, new_computed_blocks: Sequence[Any], *args: Any,
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Sequence[Any],
+        *args: Any,
         **kwargs: Any,
     ) -> int:
         if self.req_to_blocks.get(request_id):

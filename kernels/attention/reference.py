@@ -58,7 +58,9 @@ def sparse_attention(
         if query_len == 0:
             continue
         requests = (query_lens == query_len).nonzero().squeeze(-1)
-        tokens = query_start_loc[requests, None].long() + torch.arange(query_len, device=query.device)
+        tokens = query_start_loc[requests, None].long() + torch.arange(
+            query_len, device=query.device
+        )
         softmax = _OnlineSoftmax(query[tokens], key.shape[1], scale)
         context_lens = seq_lens[requests].long() - query_len
         tags = None
@@ -133,7 +135,9 @@ def _attend_window(
     usable = in_window & in_place
     hidden = ~usable.unsqueeze(-1)
     softmax.add(
-        key.float().masked_fill(hidden, 0), value.float().masked_fill(hidden, 0), usable.unsqueeze(2)
+        key.float().masked_fill(hidden, 0),
+        value.float().masked_fill(hidden, 0),
+        usable.unsqueeze(2),
     )
     return tag.long() * usable
 

@@ -1,0 +1,63 @@
+PYTHON ?= python3
+MODEL ?= .cache/smollm2-135m-instruct
+# Where pip also looks for torch's CPU wheel when the default index does not have it.
+TORCH_INDEX ?=
+
+BIN := .venv/bin
+SETUP := .venv/.setup-done
+
+ifneq ($(TORCH_INDEX),)
+export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
+endif
+
+.PHONY: help setup model print-model demo test lint bench-engine clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make setup         create .venv with vLLM for CPU and this package"
+	@echo "make model         build the demo model in $(MODEL)"
+	@echo "make print-model   print the demo model's folder"
+	@echo "make demo          generate with the dense and the sparse cache, side by side"
+	@echo "make test          run the tests"
+	@echo "make lint          check style"
+	@echo "make bench-engine  measure the engine, dense against sparse"
+	@echo "make clean         remove build outputs, keep .venv and .cache"
+	@echo
+	@echo "Variables: PYTHON (3.11 or newer), TORCH_INDEX (URL of PyTorch's index of CPU wheels), MODEL"
+
+setup: $(SETUP)
+
+$(SETUP): requirements/cpu.lock requirements/vllm-metadata/pyproject.toml pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install --no-deps -r requirements/cpu.lock
+	$(BIN)/python -m pip install --no-deps --no-build-isolation ./requirements/vllm-metadata -e .
+	@touch $@
+
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: | $(SETUP)
+	$(BIN)/python examples/build_demo_model.py $(MODEL)
+
+print-model:
+	@$(MAKE) --no-print-directory model >&2
+	@cd $(MODEL) && pwd
+
+demo: $(SETUP) model
+	$(BIN)/python examples/demo.py $(MODEL)
+
+test: $(SETUP) model
+	$(BIN)/pytest tests
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench-engine: $(SETUP) model
+	$(BIN)/python benchmarks/engine.py
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

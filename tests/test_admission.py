@@ -1,0 +1,207 @@
+"""Bad input is refused while vLLM builds its configuration, long before weights load."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine import MODEL
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_sparsekv import plugin
+from vllm_sparsekv.backend import SparseKVBackend, SparseKVImpl, describe
+from vllm_sparsekv.vllm_compat import check_version
+
+LLAMA = json.loads((MODEL / "config.json").read_text())
+
+
+def configure(model: Path = MODEL, **options: Any) -> Any:
+    """vLLM's configuration of an engine with sparse pages, as ``LLM()`` would build it."""
+    options = {"max_model_len": 1024, "attention_backend": "sparsekv"} | options
+    return EngineArgs(model=str(model), skip_tokenizer_init=True, **options).create_engine_config()
+
+
+def model_folder(tmp_path: Path, **config: Any) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"additional_config": {"sparsekv": {"key_sparsty": 0.5}}},
+            r"sparsekv\.key_sparsty: unknown setting, did you mean 'key_sparsity'\? valid: \['preset'",
+        ),
+        (
+            {"additional_config": {"sparsekv": {"key_sparsity": 0.99}}},
+            r"sparsekv\.key_sparsity=0\.99: leaves fewer than 4 of 64 .* <= 0\.9375",
+        ),
+        (
+            {"additional_config": {"sparsekv": {"window": -1}}},
+            r"sparsekv\.window=-1: must be an integer >= 0",
+        ),
+        (
+            {"additional_config": {"sparse_kv": {"window": 0}}},
+            r"additional_config\['sparse_kv'\]: did you mean 'sparsekv'\?",
+        ),
+        (
+            {"additional_config": {"sparsekv": {}}, "attention_backend": None},
+            r"additional_config\['sparsekv'\] is set but attention_backend=None: must be 'sparsekv'",
+        ),
+        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8': must be 'auto'"),
+        ({"block_size": 24}, r"block_size=24: must be a positive multiple of 16"),
+        (
+            {
+                "block_size": 16,
+                "dtype": "float32",
+                "additional_config": {
+                    "sparsekv": {
+                        "key_sparsity": 0.9,
+                        "value_sparsity": 0.9,
+                        "key_dtype": "fp8",
+                        "value_dtype": "fp8",
+                    }
+                },
+            },
+            # 16 tokens of 2 * (8 + 8) bytes against a slot of 2 * 64 * 4 + 8.
+            r"block_size=16: a page of 16 tokens x 32 bytes cannot hold one window slot of 520 bytes"
+            r", must be >= 32",
+        ),
+        (
+            {"disable_hybrid_kv_cache_manager": True},
+            r"disable_hybrid_kv_cache_manager=True: must be False",
+        ),
+    ],
+)
+def test_bad_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(**options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 216, "head_dim": 24}, r"head_size=24: must be a positive multiple of 16"),
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "model_type": "mistral",
+                "sliding_window": 64,
+            },
+            r"sliding-window layers",
+        ),
+        (
+            {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"},
+            r"encoder-decoder attention",
+        ),
+    ],
+)
+def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        configure(model_folder(tmp_path, **(LLAMA | changes)))
+
+
+def test_block_size_defaults_to_64_and_respects_the_user() -> None:
+    assert configure().cache_config.block_size == 64
+    assert configure(block_size=128).cache_config.block_size == 128
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_mla": True}, "MLA not supported"),
+        ({"has_sink": True}, "attention sinks not supported"),
+        ({"has_sliding_window": True}, "sliding window not supported"),
+        ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"dtype": torch.float64}, "dtype not supported"),
+        ({"head_size": 72}, "head_size not supported"),
+        ({"block_size": 40}, "block_size not supported"),
+        ({"use_dcp": True}, "DCP not supported"),
+    ],
+)
+def test_layer_selection_gives_the_reason(changes: dict[str, Any], reason: str) -> None:
+    layer = {
+        "head_size": 64,
+        "dtype": torch.bfloat16,
+        "kv_cache_dtype": "auto",
+        "block_size": 64,
+        "use_mla": False,
+        "has_sink": False,
+        "use_sparse": False,
+        "use_mm_prefix": False,
+        "use_per_head_quant_scales": False,
+        "device_capability": None,
+        "attn_type": "decoder",
+    }
+    assert SparseKVBackend.validate_configuration(**layer) == []
+    assert SparseKVBackend.validate_configuration(**(layer | changes)) == [reason]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alibi_slopes", [0.5]),
+        ("sliding_window", 128),
+        ("logits_soft_cap", 30.0),
+        ("kv_sharing_target_layer_name", "model.layers.0.self_attn.attn"),
+    ],
+)
+def test_layer_features_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name}=.*not supported by attention_backend=sparsekv"):
+        SparseKVImpl(num_heads=4, head_size=64, scale=0.125, **{name: value})
+
+
+def test_start_up_line() -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    config = configure(
+        dtype="bfloat16",
+        additional_config={"sparsekv": {"key_sparsity": 0.3, "value_dtype": "fp8", "window": 32}},
+    )
+    spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.uint8)
+    assert describe(config, spec) == (
+        "sparsekv: keys 30.0% asked, 25.0% effective, auto; "
+        "values 50.0% asked, 50.0% effective, fp8; "
+        "432 bytes per token and layer against 768 dense (1.78x); window 32 tokens; block size 64"
+    )
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.33.0+cpu"])
+def test_supported_vllm_versions(version: str) -> None:
+    check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.31.3", "0.34.0", "1.0.0"])
+def test_unsupported_vllm_version_says_what_to_install(version: str) -> None:
+    with pytest.raises(
+        ImportError,
+        match=rf"vllm {version} found, .*needs >=0.32,<0.34: pip install 'vllm>=0.32,<0.34'",
+    ):
+        check_version(version)
+
+
+def test_registering_twice_changes_nothing() -> None:
+    plugin.register()
+    first = AttentionBackendEnum["SPARSEKV"]
+    plugin.register()
+    assert AttentionBackendEnum["SPARSEKV"] is first
+    assert first.get_class() is SparseKVBackend
+
+
+def test_backend_choice_unpickles_in_a_process_without_the_plugin() -> None:
+    plugin.register()
+    pickled = pickle.dumps(AttentionBackendEnum["SPARSEKV"])
+    code = f"import pickle; print(pickle.loads({pickled!r}).name)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.split()[-1] == "SPARSEKV"

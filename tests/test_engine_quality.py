@@ -1,0 +1,50 @@
+"""What 50 % sparsity costs in perplexity and brings in capacity, against the dense engine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from engine import engine, generate, kv_cache_tokens, perplexity, prose_tokens, texts
+from vllm import LLM
+
+HALF = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": 64}
+# Steps of 64 tokens: all but the newest 64 to 128 tokens of history are read pruned.
+OPTIONS = {"dtype": "bfloat16", "max_num_batched_tokens": 64, "max_model_len": 8192}
+NUM_TOKENS = 2000
+
+
+@pytest.fixture(scope="module")
+def dense() -> dict[str, float]:
+    with engine(None, **OPTIONS) as llm:
+        return {
+            "perplexity": perplexity(llm, prose_tokens(llm, NUM_TOKENS)),
+            "tokens": kv_cache_tokens(llm),
+        }
+
+
+@pytest.fixture(scope="module")
+def sparse(dense: dict) -> Iterator[LLM]:
+    # vLLM's default compilation mode.
+    with engine(HALF, **OPTIONS, enforce_eager=False) as llm:
+        yield llm
+
+
+def test_perplexity_at_half_sparsity(sparse: LLM, dense: dict) -> None:
+    ratio = perplexity(sparse, prose_tokens(sparse, NUM_TOKENS)) / dense["perplexity"]
+    assert ratio <= 1.02
+    assert ratio != 1.0, "the history was not read pruned"
+
+
+def test_capacity_at_half_sparsity(sparse: LLM, dense: dict) -> None:
+    bytes_ratio = 256 / 144  # head_size 64 bfloat16: 2 * 128 dense, 2 * (8 + 64) sparse
+    assert kv_cache_tokens(sparse) / dense["tokens"] >= 0.95 * bytes_ratio
+
+
+def test_generation_continues_from_a_prefix_hit(sparse: LLM) -> None:
+    tokens = prose_tokens(sparse, 400)
+    cold, warm = (generate(sparse, [tokens], 12)[0] for _ in range(2))
+    assert cold.num_cached_tokens == 0
+    assert warm.num_cached_tokens == 384
+    # The hit reads the last 64 cached tokens pruned instead of dense, so texts may part later.
+    assert texts([warm])[0][0] == texts([cold])[0][0]

@@ -1,0 +1,135 @@
+"""``vllm serve --attention-backend sparsekv`` as a user runs it, spoken to with the openai client."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from engine import MODEL
+from openai import OpenAI
+
+START_SECONDS = 300
+SETTINGS = {"sparsekv": {"key_sparsity": 0.5, "value_sparsity": 0.5}}
+
+
+class Server(NamedTuple):
+    process: subprocess.Popen
+    port: int
+    log: Path
+
+    @property
+    def client(self) -> OpenAI:
+        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=120)
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
+            return response.read().decode()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def wait_until_healthy(server: Server) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.process.poll() is not None:
+            break
+        try:
+            server.get("/health")
+            return
+        except OSError:
+            time.sleep(1)
+    raise AssertionError(f"the server did not start:\n{server.log.read_text()[-4000:]}")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    port = free_port()
+    log = tmp_path_factory.mktemp("serve") / "log.txt"
+    vllm = Path(sys.executable).with_name("vllm")
+    command = [vllm, "serve", MODEL, "--attention-backend", "sparsekv"]
+    command += ["--additional-config", json.dumps(SETTINGS), "--served-model-name", "demo"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"]
+    command += ["--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager"]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=os.environ
+        )
+        running = Server(process, port, log)
+        try:
+            wait_until_healthy(running)
+            yield running
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_start_up_line_is_printed(server: Server) -> None:
+    log = server.log.read_text()
+    assert log.count("sparsekv: keys 50.0% asked, 50.0% effective, auto; values") == 1
+    assert "432 bytes per token and layer against 768 dense (1.78x)" in log
+
+
+def test_completion(server: Server) -> None:
+    answer = server.client.completions.create(
+        model="demo", prompt="The capital of France is", max_tokens=8, temperature=0
+    )
+    assert "Paris" in answer.choices[0].text
+    assert answer.usage.completion_tokens == 8
+
+
+def test_streaming_chat(server: Server) -> None:
+    question = {"role": "user", "content": "What is the capital of France?"}
+    stream = server.client.chat.completions.create(
+        model="demo", messages=[question], max_tokens=24, temperature=0, stream=True
+    )
+    pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+    assert len(pieces) > 3
+    assert "Paris" in "".join(pieces)
+
+
+def test_two_concurrent_clients_get_the_answers_of_one(server: Server) -> None:
+    prompts = ["Water boils at", "The first president of the United States was"]
+
+    def complete(prompt: str) -> str:
+        answer = server.client.completions.create(
+            model="demo", prompt=prompt, max_tokens=12, temperature=0
+        )
+        return answer.choices[0].text
+
+    alone = [complete(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(2) as clients:
+        assert list(clients.map(complete, prompts)) == alone
+
+
+def test_metrics_answer(server: Server) -> None:
+    server.client.completions.create(model="demo", prompt="Hello", max_tokens=2)
+    generated = [
+        float(line.rsplit(" ", 1)[1])
+        for line in server.get("/metrics").splitlines()
+        if line.startswith("vllm:generation_tokens_total")
+    ]
+    assert generated and sum(generated) >= 2
+
+
+def test_shutdown_is_clean_and_releases_the_port(server: Server) -> None:
+    server.process.send_signal(signal.SIGINT)
+    assert server.process.wait(timeout=60) == 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", server.port))
+    assert "Traceback" not in server.log.read_text()
