@@ -70,8 +70,8 @@ def admit(vllm_config: VllmConfig) -> None:
             )
     if cache.cache_dtype != "auto":
         raise ValueError(
-            f"kv_cache_dtype={cache.cache_dtype!r}: must be 'auto' with attention_backend=sparsekv; "
-            f"store survivors in fewer bits with sparsekv.key_dtype and sparsekv.value_dtype"
+            f"kv_cache_dtype={cache.cache_dtype!r}: must be 'auto' with "
+            f"attention_backend=sparsekv; sparsekv.key_dtype and sparsekv.value_dtype quantise"
         )
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
