@@ -59,5 +59,6 @@ bench-engine: $(SETUP) model
 	$(BIN)/python benchmarks/engine.py
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info requirements/vllm-metadata/build requirements/vllm-metadata/*.egg-info
+	rm -rf .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -33,11 +33,7 @@ def answer(model: str, options: dict) -> dict:
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        model,
-        max_model_len=2048,
-        kv_cache_memory_bytes=CACHE_BYTES,
-        enforce_eager=True,
-        **options,
+        model, max_model_len=2048, kv_cache_memory_bytes=CACHE_BYTES, enforce_eager=True, **options
     )
     conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
     try:

@@ -1,7 +1,218 @@
-"""The operations on sparse pages, as the attention backend calls them."""
+"""The operations on sparse pages, as the attention backend calls them.
 
-from vllm_sparsekv.kernels.attention.reference import sparse_attention
-from vllm_sparsekv.kernels.pack.reference import pack
-from vllm_sparsekv.kernels.window.reference import write_window
+Arguments are checked here, then the implementation for the tensors' device runs: on CPUs the
+native kernels (compiled on first use), elsewhere and without a compiler the torch reference. The
+environment variable ``SPARSEKV_KERNELS`` forces one: ``reference``, or ``cpu`` for the native
+kernels, which then raise where they cannot be built.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from vllm_sparsekv.kernels.attention import reference as attention_reference
+from vllm_sparsekv.kernels.pack import reference as pack_reference
+from vllm_sparsekv.kernels.window import reference as window_reference
+
+from vllm_sparsekv.format import SparseFormat
 
 __all__ = ["pack", "sparse_attention", "write_window"]
+
+logger = logging.getLogger("vllm.sparsekv.kernels")
+
+ENVIRONMENT_VARIABLE = "SPARSEKV_KERNELS"
+CHOICES = ("reference", "cpu")
+
+
+class Implementation(NamedTuple):
+    """The three operations; signatures and semantics are those of each ``reference.py``."""
+
+    pack: Callable[..., None]
+    sparse_attention: Callable[..., None]
+    write_window: Callable[..., None]
+
+
+REFERENCE = Implementation(
+    pack_reference.pack, attention_reference.sparse_attention, window_reference.write_window
+)
+
+
+@cache
+def implementation(device_type: str) -> Implementation:
+    """What serves tensors on this kind of device; says so once in the log.
+
+    Raises:
+        BuildError: ``SPARSEKV_KERNELS=cpu`` and the native kernels cannot be built.
+        ValueError: ``SPARSEKV_KERNELS`` is not one of ``CHOICES``.
+    """
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    if chosen and chosen not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={chosen!r}: must be one of {list(CHOICES)}")
+    if device_type == "cpu" and chosen != "reference":
+        from vllm_sparsekv.kernels.cpu import build, ops
+
+        try:
+            ops.use_isa(None)
+        except build.BuildError as error:
+            if chosen == "cpu":
+                raise
+            logger.warning("sparsekv: native CPU kernels unavailable, it will be slow: %s", error)
+        else:
+            return Implementation(ops.pack, ops.sparse_attention, ops.write_window)
+    logger.info("sparsekv: torch reference kernels on %s", device_type)
+    return REFERENCE
+
+
+def pack(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    pages: torch.Tensor,
+    fmt: SparseFormat,
+) -> None:
+    """Prune a step's keys and values into their pages: see ``pack/reference.py``.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the format; names the argument.
+    """
+    _check_vectors(fmt, key=key, value=value)
+    _check_pages(pages, key.shape[1], fmt)
+    _check_indices(1, torch.int64, slot_mapping=slot_mapping)
+    implementation(pages.device.type).pack(key, value, slot_mapping, pages, fmt)
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    window: torch.Tensor | None,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor | None,
+    scale: float,
+    fmt: SparseFormat,
+    out: torch.Tensor,
+) -> None:
+    """Causal attention of a ragged batch into ``out``: see ``attention/reference.py``.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the format; names the argument.
+    """
+    _check_vectors(fmt, query=query, out=out)
+    _check_vectors(fmt, key=key, value=value)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"query has {heads} heads: must be a multiple of key's {kv_heads}")
+    _check_pages(pages, kv_heads, fmt)
+    _check_indices(1, torch.int32, query_start_loc=query_start_loc, seq_lens=seq_lens)
+    _check_indices(2, torch.int32, block_table=block_table)
+    if fmt.window:
+        _check_window(window, window_block_table, kv_heads, fmt)
+    else:
+        window = window_block_table = None
+    implementation(pages.device.type).sparse_attention(
+        query,
+        key,
+        value,
+        pages,
+        window,
+        query_start_loc,
+        seq_lens,
+        block_table,
+        window_block_table,
+        scale,
+        fmt,
+        out,
+    )
+
+
+def write_window(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    window_block_table: torch.Tensor,
+    fmt: SparseFormat,
+) -> None:
+    """Copy a step's newest tokens into the ring: see ``window/reference.py``.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the format; names the argument.
+    """
+    _check_vectors(fmt, key=key, value=value)
+    _check_window(window, window_block_table, key.shape[1], fmt)
+    _check_indices(1, torch.int32, query_start_loc=query_start_loc, seq_lens=seq_lens)
+    _check_indices(1, torch.int64, slot_mapping=slot_mapping)
+    implementation(window.device.type).write_window(
+        key, value, window, query_start_loc, seq_lens, slot_mapping, window_block_table, fmt
+    )
+
+
+def _check_vectors(fmt: SparseFormat, **vectors: torch.Tensor) -> None:
+    """(num_tokens, heads, D) in the model dtype, all of one shape."""
+    first = next(iter(vectors.values()))
+    for name, x in vectors.items():
+        if x.dim() != 3 or x.shape[2] != fmt.head_size or x.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: must be (num_tokens, heads, {fmt.head_size}), "
+                f"the same for {' and '.join(vectors)}"
+            )
+        if x.dtype != fmt.dtype:
+            raise ValueError(f"{name} is {x.dtype}: must be {fmt.dtype}")
+
+
+def _check_indices(dims: int, dtype: torch.dtype, **indices: torch.Tensor) -> None:
+    for name, x in indices.items():
+        if x.dim() != dims or x.dtype != dtype:
+            raise ValueError(f"{name} is {x.dim()}-d {x.dtype}: must be {dims}-d {dtype}")
+
+
+def _check_pages(pages: torch.Tensor, kv_heads: int, fmt: SparseFormat) -> None:
+    """(num_blocks, num_kv_heads, block_size, token_bytes) uint8, each tile contiguous."""
+    width = fmt.token_bytes
+    if pages.dim() != 4 or pages.shape[1] != kv_heads or pages.shape[3] != width:
+        raise ValueError(
+            f"pages have shape {tuple(pages.shape)}: "
+            f"must be (num_blocks, {kv_heads}, block_size, {width})"
+        )
+    if pages.dtype != torch.uint8 or pages.stride()[2:] != (width, 1):
+        raise ValueError(
+            f"pages are {pages.dtype} with strides {pages.stride()}: "
+            f"must be torch.uint8 with contiguous tiles"
+        )
+
+
+def _check_window(
+    window: torch.Tensor | None,
+    window_block_table: torch.Tensor | None,
+    kv_heads: int,
+    fmt: SparseFormat,
+) -> None:
+    """(num_blocks, num_kv_heads, r, slot elements) model dtype and (num_reqs, m) int32."""
+    if window is None or window_block_table is None:
+        raise ValueError(f"window is missing: the format keeps {fmt.window} tokens dense")
+    width = fmt.slot_bytes // fmt.dtype.itemsize
+    if window.dim() != 4 or window.shape[1] != kv_heads or window.shape[3] != width:
+        raise ValueError(
+            f"window has shape {tuple(window.shape)}: "
+            f"must be (num_blocks, {kv_heads}, slots, {width})"
+        )
+    contiguous = window.stride(3) == 1 and (window.shape[2] == 1 or window.stride(2) == width)
+    if window.dtype != fmt.dtype or not contiguous:
+        raise ValueError(
+            f"window is {window.dtype} with strides {window.stride()}: "
+            f"must be {fmt.dtype} with contiguous slots"
+        )
+    _check_indices(2, torch.int32, window_block_table=window_block_table)
+    slots = window.shape[2] * window_block_table.shape[1]
+    if slots < fmt.min_ring_slots:
+        raise ValueError(f"the ring has {slots} slots: must be at least {fmt.min_ring_slots}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from engine import engine, generate, kv_cache_tokens, perplexity, prose_tokens, texts
+from engine import engine, first_logprobs, generate, kv_cache_tokens, perplexity, prose_tokens
 from vllm import LLM
 
 HALF = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": 64}
@@ -43,8 +43,11 @@ def test_capacity_at_half_sparsity(sparse: LLM, dense: dict) -> None:
 
 def test_generation_continues_from_a_prefix_hit(sparse: LLM) -> None:
     tokens = prose_tokens(sparse, 400)
-    cold, warm = (generate(sparse, [tokens], 12)[0] for _ in range(2))
+    assert sparse.reset_prefix_cache()
+    cold, warm = (generate(sparse, [tokens], 12, logprobs=20)[0] for _ in range(2))
     assert cold.num_cached_tokens == 0
     assert warm.num_cached_tokens == 384
-    # The hit reads the last 64 cached tokens pruned instead of dense, so texts may part later.
-    assert texts([warm])[0][0] == texts([cold])[0][0]
+    # After the hit the newest 64 tokens are read pruned, not dense, so logprobs may move a little.
+    before, after = first_logprobs(cold), first_logprobs(warm)
+    likely = [token for token in before if before[token] > -3]
+    assert max(abs(before[token] - after[token]) for token in likely) <= 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
@@ -18,7 +19,7 @@ def settings_of(vllm_config: VllmConfig) -> SparseKVConfig:
     Raises:
         ValueError: names the field, the value and the valid set.
     """
-    given = vllm_config.additional_config
+    given = _additional(vllm_config)
     for name in given:
         if name != SETTINGS_KEY and difflib.get_close_matches(name, [SETTINGS_KEY]):
             raise ValueError(f"additional_config[{name!r}]: did you mean {SETTINGS_KEY!r}?")
@@ -27,7 +28,7 @@ def settings_of(vllm_config: VllmConfig) -> SparseKVConfig:
 
 def refuse_unused_settings(vllm_config: VllmConfig) -> None:
     """Refuse settings for sparse pages on an engine that uses another attention backend."""
-    if SETTINGS_KEY in vllm_config.additional_config:
+    if SETTINGS_KEY in _additional(vllm_config):
         raise ValueError(
             f"additional_config[{SETTINGS_KEY!r}] is set but attention_backend="
             f"{vllm_config.attention_config.backend}: must be 'sparsekv'"
@@ -81,6 +82,12 @@ def admit(vllm_config: VllmConfig) -> None:
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE
     layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
+
+
+def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
+    """``additional_config`` as the user gave it; vLLM also allows an opaque object there."""
+    given = vllm_config.additional_config
+    return given if isinstance(given, dict) else {}
 
 
 def _has_sliding_layers(hf_text_config: object) -> bool:

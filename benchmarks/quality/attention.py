@@ -1,0 +1,122 @@
+"""The attention rule of the sparse cache at every position of a text, in one forward pass.
+
+The rule is that of ``kernels/attention/reference.py``: a query at position t in a step that starts
+at c reads positions j >= c - window dense and all earlier ones as the cache returns them. Here every
+position is a query and steps are ``chunk`` tokens long, so c = t // chunk * chunk; ``chunk=1`` is
+decoding token by token, the hardest case, and ``chunk=n`` a prompt processed n tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from quality.methods import Method
+
+TILE = 256
+"""Queries handled at once."""
+
+NAME = "cached_rule"
+
+
+def rule_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    method: Method,
+    dtype: torch.dtype,
+    scale: float,
+    chunk: int = 1,
+) -> torch.Tensor:
+    """Causal attention of one text.
+
+    Args:
+        query: (num_heads, tokens, D) float32.
+        key: (num_kv_heads, tokens, D) float32, after RoPE.
+        value: (num_kv_heads, tokens, D) float32.
+        method: the cache.
+        dtype: what dense keys and values are rounded to.
+        scale: factor on q . k.
+        chunk: tokens of one step.
+
+    Returns:
+        (num_heads, tokens, D) float32.
+    """
+    key, value = key.to(dtype), value.to(dtype)
+    cached_key, cached_value = method.key(key, query), method.value(value)
+    key, value = key.float(), value.float()
+    num_kv_heads, tokens, size = key.shape
+    grouped = query.unflatten(0, (num_kv_heads, -1)) * scale
+    position = torch.arange(tokens)
+    first_dense = position // chunk * chunk - method.window
+    out = torch.empty_like(grouped)
+    for start in range(0, tokens, TILE):
+        end = min(start + TILE, tokens)
+        # Keys before `split` are cached for every query of the tile; from there on it depends.
+        split = max(0, int(first_dense[start]))
+        tile = grouped[:, :, start:end].flatten(1, 2)
+        dense = position[split:end] >= first_dense[start:end, None]
+        visible = position[split:end] <= position[start:end, None]
+        near = torch.where(
+            dense,
+            (tile @ key[:, split:end].mT).unflatten(1, (-1, end - start)),
+            (tile @ cached_key[:, split:end].mT).unflatten(1, (-1, end - start)),
+        )
+        far = (tile @ cached_key[:, :split].mT).unflatten(1, (-1, end - start))
+        weight = torch.cat([far, near.masked_fill(~visible, -torch.inf)], -1).softmax(-1)
+        far, near = weight.split([split, end - split], -1)
+        result = (near * dense).flatten(1, 2) @ value[:, split:end]
+        result += (near * ~dense).flatten(1, 2) @ cached_value[:, split:end]
+        result += far.flatten(1, 2) @ cached_value[:, :split]
+        out[:, :, start:end] = result.unflatten(1, (-1, end - start))
+    return out.flatten(0, 1)
+
+
+class RuleModel:
+    """A Hugging Face causal language model in float32 with the cache rule in its attention.
+
+    Args:
+        path: model folder.
+        dtype: dtype of dense keys and values, bfloat16 as in a bf16 server.
+    """
+
+    def __init__(self, path: str, dtype: torch.dtype = torch.bfloat16) -> None:
+        ALL_ATTENTION_FUNCTIONS.register(NAME, self._attention)
+        self.model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=torch.float32, attn_implementation=NAME
+        ).eval()
+        self.dtype = dtype
+        self._active: tuple[Method, int] | None = None
+
+    @property
+    def head_size(self) -> int:
+        config = self.model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def _attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        method, chunk = self._active
+        out = rule_attention(query[0], key[0], value[0], method, self.dtype, scaling, chunk)
+        return out.transpose(0, 1).unsqueeze(0).contiguous(), None
+
+    @contextmanager
+    def _using(self, method: Method, chunk: int) -> Iterator[None]:
+        self._active = method, chunk
+        try:
+            yield
+        finally:
+            self._active = None
+
+    @torch.inference_mode()
+    def hidden(self, tokens: torch.Tensor, method: Method, chunk: int = 1) -> torch.Tensor:
+        """(tokens,) int64 -> (tokens, hidden size), the input of the output layer."""
+        with self._using(method, chunk):
+            return self.model.model(tokens.unsqueeze(0), use_cache=False).last_hidden_state[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, hidden size) -> (n, vocabulary) float32."""
+        return self.model.lm_head(hidden)

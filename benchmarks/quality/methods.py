@@ -1,0 +1,193 @@
+"""KV-cache methods under one interface: what a cached key or value becomes, and what it costs.
+
+Every method sees the same dense window. A method that needs its own encoder here is written from
+its paper or from vLLM's description of the format; ours goes through the project's pack and unpack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import torch
+
+from vllm_sparsekv.config import PRESETS, SparseKVConfig
+from vllm_sparsekv.format import TAG_BYTES, SparseFormat, VectorFormat
+from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
+
+Vectors = torch.Tensor
+"""(num_kv_heads, tokens, D) in the cache dtype of the dense baseline."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One cache.
+
+    Attributes:
+        key: what cached keys read back as; also gets the queries (num_heads, tokens, D).
+        value: what cached values read back as.
+        vector_bytes: bytes of one key plus one value vector of one KV head.
+        window: newest tokens that stay dense.
+        evaluation_only: true where the method cannot serve (it looks at the whole prompt).
+    """
+
+    key: Callable[[Vectors, torch.Tensor], Vectors]
+    value: Callable[[Vectors], Vectors]
+    vector_bytes: float
+    window: int
+    evaluation_only: bool = False
+
+    def token_bytes(self, dense_bytes: int, context: int) -> float:
+        """Bytes a token and KV head, the window's bytes spread over ``context`` tokens.
+
+        Args:
+            dense_bytes: one key plus one value vector, unpruned.
+            context: tokens of the request.
+        """
+        if self.vector_bytes == dense_bytes:
+            return dense_bytes
+        return self.vector_bytes + self.window * (dense_bytes + TAG_BYTES) / context
+
+
+def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method:
+    """Ours: keys and values through the project's own pack and unpack."""
+    fmt = SparseFormat.from_config(config, head_size, dtype)
+
+    def stored(vector: VectorFormat, x: Vectors) -> Vectors:
+        return unpack_vectors(*pack_vectors(x, vector), vector)
+
+    return Method(
+        key=lambda key, query: stored(fmt.key, key),
+        value=partial(stored, fmt.value),
+        vector_bytes=fmt.token_bytes,
+        window=config.window,
+    )
+
+
+def _fp8(x: Vectors) -> Vectors:
+    """float8 e4m3, scale 1: vLLM's ``kv_cache_dtype="fp8"`` without calibration."""
+    return x.float().clamp(-448, 448).to(torch.float8_e4m3fn).float()
+
+
+def _int8(x: Vectors) -> Vectors:
+    """Symmetric int8 with one scale per token and head: vLLM's ``int8_per_token_head``."""
+    x = x.float()
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return (x / scale).round() * scale
+
+
+def _min_max(x: Vectors, bits: int) -> Vectors:
+    """Asymmetric integers between the minimum and the maximum, both scales float16."""
+    x = x.float()
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    low = low.half().float()
+    step = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-7)
+    return low + ((x - low) / step).round().clamp(0, 2**bits - 1) * step
+
+
+def _rotated(quantise: Callable[[Vectors], Vectors], x: Vectors) -> Vectors:
+    """Quantise in a randomly signed Hadamard basis."""
+    basis = hadamard(x.shape[-1])
+    return quantise(x.float() @ basis) @ basis.T
+
+
+@cache
+def hadamard(size: int) -> torch.Tensor:
+    """(size, size) orthogonal: random signs, then the Hadamard transform.
+
+    Raises:
+        ValueError: ``size`` is not a power of two.
+    """
+    if size & (size - 1):
+        raise ValueError(f"head_size={size}: a Hadamard rotation needs a power of two")
+    matrix = torch.ones(1, 1)
+    while matrix.shape[0] < size:
+        matrix = torch.cat(
+            [torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]
+        )
+    signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    return signs.unsqueeze(1) * matrix / size**0.5
+
+
+@cache
+def lloyd_max(bits: int) -> torch.Tensor:
+    """(2 ** bits,) levels that minimise the squared error of a standard normal, ascending."""
+    grid = torch.linspace(-6, 6, 120_001, dtype=torch.float64)
+    weight = (-grid.square() / 2).exp()
+    levels = torch.linspace(-2.5, 2.5, 2**bits, dtype=torch.float64)
+    for _ in range(500):
+        cell = torch.bucketize(grid, (levels[1:] + levels[:-1]) / 2)
+        mass = torch.zeros_like(levels).index_add_(0, cell, weight)
+        levels = torch.zeros_like(levels).index_add_(0, cell, weight * grid) / mass
+    return levels.float()
+
+
+def _turboquant(x: Vectors, bits: int) -> Vectors:
+    """TurboQuant (arXiv 2504.19874), the MSE quantiser: rotate, Lloyd-Max per coordinate.
+
+    The norm is stored beside the codes (float16, 2 bytes); the rotation is a signed Hadamard.
+    """
+    size = x.shape[-1]
+    levels = lloyd_max(bits)
+
+    def quantise(y: Vectors) -> Vectors:
+        norm = y.norm(dim=-1, keepdim=True).half().float().clamp_min(1e-7)
+        code = torch.bucketize(y / norm * size**0.5, (levels[1:] + levels[:-1]) / 2)
+        return levels[code] * norm / size**0.5
+
+    return _rotated(quantise, x)
+
+
+def _think(key: Vectors, query: torch.Tensor, kept: int) -> Vectors:
+    """ThinK (arXiv 2407.21018): drop whole key channels by query-driven score, per head.
+
+    The score of a channel is the product of its norms in the last 32 queries and in the keys.
+    """
+    num_kv_heads, _, size = key.shape
+    observed = query[:, -32:].float().unflatten(0, (num_kv_heads, -1))
+    score = observed.square().sum((1, 2)).sqrt() * key.float().square().sum(1).sqrt()
+    channel = score.topk(kept, dim=-1).indices
+    mask = torch.zeros(num_kv_heads, size).scatter_(1, channel, 1.0)
+    return key.float() * mask.unsqueeze(1)
+
+
+def build_methods(head_size: int, dtype: torch.dtype, window: int = 64) -> dict[str, Method]:
+    """All rows of the comparison.
+
+    Args:
+        head_size: D.
+        dtype: cache dtype of the dense baseline and of every method's window.
+        window: the dense window of the rivals; Mustafar and ThinK use the 32 of their papers.
+    """
+
+    def quantised(quantise: Callable[[Vectors], Vectors], bits: float, scale: int) -> Method:
+        size = 2 * (head_size * bits / 8 + scale)
+        return Method(lambda key, query: quantise(key), quantise, size, window)
+
+    half = head_size // 2
+    dense_bytes = 2 * head_size * dtype.itemsize
+    mustafar = {
+        f"mustafar-{percent}": sparse(
+            SparseKVConfig(percent / 100, percent / 100, "auto", "auto", 32), head_size, dtype
+        )
+        for percent in (50, 70)
+    }
+    return {
+        "dense": Method(lambda key, query: key.float(), torch.Tensor.float, dense_bytes, 0),
+        "fp8": quantised(_fp8, 8, 0),
+        "int8-token-head": quantised(_int8, 8, 4),
+        "int4-token-head": quantised(partial(_rotated, partial(_min_max, bits=4)), 4, 4),
+        "int4-plain": quantised(partial(_min_max, bits=4), 4, 4),
+        "turboquant-4": quantised(partial(_turboquant, bits=4), 4, 2),
+        "turboquant-3": quantised(partial(_turboquant, bits=3), 3, 2),
+        "think-50": Method(
+            partial(_think, kept=half), torch.Tensor.float,
+            (half + head_size) * dtype.itemsize, 32, evaluation_only=True,
+        ),
+        **mustafar,
+        **{
+            f"sparsekv-{name}": sparse(SparseKVConfig.from_dict({"preset": name}), head_size, dtype)
+            for name in PRESETS
+        },
+    }

@@ -1,0 +1,274 @@
+// Paged attention over sparse pages; reference.py says what it computes.
+//
+// Each unit of the plan collects its keys and values in batches, expands them and folds them into
+// an online softmax: rows.h where few query rows share a key (decode), matrix.h where many do.
+
+#include "../cpu/decode.h"
+#include "../cpu/scratch.h"
+#include "matrix.h"
+#include "plan.h"
+#include "softmax.h"
+
+namespace sparsekv {
+
+constexpr float LOG2_E = 1.44269504088896341f;
+
+class Worker {
+  public:
+    Worker(const Plan& plan, float* partials)
+        : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size), partials_(partials) {
+        Carver count(nullptr);
+        carve(count);
+        Carver carver(memory().reserve(count.used()));
+        carve(carver);
+    }
+
+    // Attends one unit; a request in parts leaves its result in `partials`.
+    void attend(int64_t number) {
+        begin(number);
+        const Request& request = *unit_.request;
+        const int64_t blocks = (request.context + call_.block_size - 1) / call_.block_size;
+        add_pages(blocks * unit_.part / request.parts, blocks * (unit_.part + 1) / request.parts);
+        if (unit_.part + 1 == request.parts) {
+            add_window();
+            add_step();
+        }
+        if (request.parts == 1) return write();
+        const Accumulator partial = partial_result(unit_.partial);
+        memcpy(partial.maximum, result_.maximum, sizeof(float) * rows_);
+        memcpy(partial.total, result_.total, sizeof(float) * rows_);
+        memcpy(partial.weighted, result_.weighted, sizeof(float) * rows_ * size_);
+    }
+
+    // Combines the parts of the tile whose first part is this unit.
+    void merge(int64_t number) {
+        const Unit unit = plan_.unit(number);
+        if (unit.request->parts == 1 || unit.part) return;
+        begin(number);
+        for (int part = 0; part < unit.request->parts; ++part)
+            for (int row = 0; row < rows_; ++row)
+                result_.merge(partial_result(unit.partial + part), row, size_);
+        write();
+    }
+
+  private:
+    static Scratch& memory() {
+        thread_local Scratch scratch;
+        return scratch;
+    }
+
+    void carve(Carver& carver) {
+        const int batch = BATCH * size_;
+        query_ = carver.take<float>(plan_.rows * size_);
+        result_ = Accumulator(carver.take<float>(Accumulator::floats(plan_.rows, size_)), plan_.rows);
+        scores_ = carver.take<float>(plan_.rows * BATCH);
+        key_ = carver.take<float>(batch + 2 * LANES);
+        value_ = carver.take<float>(batch + 2 * LANES);
+        key_bitmap_ = carver.take<uint8_t>(batch / 8);
+        value_bitmap_ = carver.take<uint8_t>(batch / 8);
+        if (plan_.rows > MAX_ROWS) {
+            dense_ = carver.take<float>(batch);
+            transposed_ = carver.take<float>(batch);
+        }
+    }
+
+    Accumulator partial_result(int64_t index) const {
+        return Accumulator(partials_ + index * Accumulator::floats(plan_.rows, size_), plan_.rows);
+    }
+
+    void begin(int64_t number) {
+        unit_ = plan_.unit(number);
+        rows_ = unit_.queries * plan_.group;
+        first_token_ = call_.query_start_loc[unit_.index];
+        step_begin_ = INT32_MAX / 2;
+        result_.clear(rows_, size_);
+        const float scale = call_.scale * LOG2_E;
+        for (int i = 0; i < unit_.queries; ++i) {
+            float* query = query_ + i * plan_.group * size_;
+            decode(layout_.storage, query_heads(call_.query, call_.query_stride, i), nullptr, plan_.group, size_, query);
+            for (int j = 0; j < plan_.group * size_; ++j) query[j] *= scale;
+        }
+    }
+
+    // The unit's heads of its i-th query, in `query` or `out`.
+    template <class Byte>
+    Byte* query_heads(Byte* base, int64_t stride, int i) const {
+        const int64_t token = first_token_ + unit_.first_query + i;
+        return base + (token * stride + unit_.head * plan_.group * size_) * layout_.element_bytes();
+    }
+
+    // ---- where keys and values come from ----
+
+    // The pruned history in blocks [first, last), without what the ring holds.
+    void add_pages(int64_t first, int64_t last) {
+        const int context = unit_.request->context, block_size = call_.block_size;
+        const int32_t* table = call_.block_table + unit_.index * call_.block_table_stride;
+        for (int64_t block = first; block < last; ++block) {
+            const Tile<const uint8_t> tile(
+                call_.pages + table[block] * call_.page_stride + unit_.head * call_.page_head_stride, block_size, layout_);
+            const int start = static_cast<int>(block) * block_size;
+            const int end = start + block_size < context ? start + block_size : context;
+            for (int i = start; i < end;) {
+                int stop = i;
+                if (end + layout_.window <= context) stop = end;
+                while (stop < end && !ring_slot(stop)) ++stop;
+                while (i < stop) {
+                    const int take = stop - i < BATCH - batch_ ? stop - i : BATCH - batch_;
+                    add_run(tile, i - start, take);
+                    i += take;
+                    if (batch_ == BATCH) fold<true>();
+                }
+                while (i < end && ring_slot(i)) ++i;
+            }
+        }
+        fold<true>();
+    }
+
+    void add_run(const Tile<const uint8_t>& tile, int first, int count) {
+        add_survivors(tile.key, layout_.key, first, count, key_, key_bitmap_);
+        add_survivors(tile.value, layout_.value, first, count, value_, value_bitmap_);
+        batch_ += count;
+    }
+
+    void add_survivors(
+        const Section<const uint8_t>& section, const VectorLayout& vector, int first, int count, float* values,
+        uint8_t* bitmap) const {
+        decode(vector.storage, section.values + first * vector.value_bytes(),
+               section.scales + first * scale_bytes(vector.storage), count, vector.survivors,
+               values + batch_ * vector.survivors);
+        memcpy(bitmap + batch_ * layout_.bitmap_bytes(), section.bitmap + first * layout_.bitmap_bytes(),
+               count * layout_.bitmap_bytes());
+    }
+
+    // The ring's dense copy of a computed position, or nullptr where it must be read pruned.
+    const uint8_t* ring_slot(int position) const {
+        if (position + layout_.window < unit_.request->context) return nullptr;
+        const int slot = position % (call_.slots_per_block * call_.blocks_per_ring);
+        const int32_t block = call_.window_block_table
+            [unit_.index * call_.window_block_table_stride + slot / call_.slots_per_block];
+        const uint8_t* content = call_.window + block * call_.window_stride +
+                                 unit_.head * call_.window_head_stride +
+                                 slot % call_.slots_per_block * layout_.slot_bytes();
+        int32_t tag;
+        memcpy(&tag, content + 2 * layout_.row_bytes(), sizeof tag);
+        return tag == position + 1 ? content : nullptr;
+    }
+
+    void add_window() {
+        const int context = unit_.request->context;
+        for (int i = context > layout_.window ? context - layout_.window : 0; i < context; ++i)
+            if (const uint8_t* slot = ring_slot(i)) add_dense(slot, slot + layout_.row_bytes());
+        step_begin_ = batch_;
+    }
+
+    void add_step() {
+        const int last = unit_.first_query + unit_.queries;
+        for (int i = 0; i < last; ++i) {
+            const int64_t token = first_token_ + i, head = unit_.head * size_;
+            add_dense(call_.key + (token * call_.key_stride + head) * layout_.element_bytes(),
+                      call_.value + (token * call_.value_stride + head) * layout_.element_bytes());
+        }
+        fold<false>();
+    }
+
+    void add_dense(const uint8_t* key, const uint8_t* value) {
+        decode(layout_.storage, key, nullptr, 1, size_, key_ + batch_ * size_);
+        decode(layout_.storage, value, nullptr, 1, size_, value_ + batch_ * size_);
+        if (++batch_ == BATCH) fold<false>();
+    }
+
+    // ---- attention of the collected batch ----
+
+    // Keys of the batch that a query of the unit may see.
+    int visible(int query) const {
+        const int keys = step_begin_ + unit_.first_query + query + 1;
+        return keys < 0 ? 0 : keys < batch_ ? keys : batch_;
+    }
+
+    template <bool SPARSE>
+    void fold() {
+        if (batch_ == 0) return;
+        const Vectors key{key_, key_bitmap_, SPARSE ? layout_.key.survivors : size_};
+        const Vectors value{value_, value_bitmap_, SPARSE ? layout_.value.survivors : size_};
+        if (rows_ <= MAX_ROWS) {
+            const RowKernels kernels = row_kernels<SPARSE>(rows_);
+            kernels.score(query_, key, batch_, size_, scores_);
+            weigh<SPARSE>();
+            kernels.weigh(scores_, value, batch_, size_, result_.weighted);
+        } else {
+            const int columns = round_up(batch_, LANES);
+            transpose_rows(rows_of<SPARSE>(key), columns, size_, transposed_);
+            product(query_, size_, transposed_, BATCH, scores_, BATCH, rows_, size_, columns, false);
+            weigh<SPARSE>();
+            product(scores_, BATCH, rows_of<SPARSE>(value), size_, result_.weighted, size_, rows_, batch_, size_, true);
+        }
+        if (!SPARSE) step_begin_ -= batch_;
+        batch_ = 0;
+    }
+
+    template <bool SPARSE>
+    const float* rows_of(const Vectors& vectors) const {
+        if (!SPARSE) return vectors.values;
+        expand_rows(vectors, batch_, size_, dense_);
+        return dense_;
+    }
+
+    template <bool SPARSE>
+    void weigh() {
+        for (int row = 0; row < rows_; ++row) {
+            const int keys = SPARSE ? batch_ : visible(row / plan_.group);
+            result_.weigh(scores_ + row * BATCH, row, keys, batch_, size_);
+        }
+    }
+
+    void write() {
+        for (int i = 0; i < unit_.queries; ++i) {
+            uint8_t* out = query_heads(call_.out, call_.out_stride, i);
+            for (int row = i * plan_.group; row < (i + 1) * plan_.group; ++row) {
+                float* weighted = result_.weighted + row * size_;
+                for (int d = 0; d < size_; ++d) weighted[d] /= result_.total[row];
+                encode_row(layout_.storage, weighted, size_, out);
+                out += layout_.row_bytes();
+            }
+        }
+    }
+
+    const Plan& plan_;
+    const AttentionCall& call_;
+    const Layout& layout_;
+    const int size_;
+    float* partials_;
+
+    Unit unit_;
+    int64_t first_token_ = 0;  // of the unit's request in this step
+    int rows_ = 0;
+    float *query_, *scores_;
+    Accumulator result_{nullptr, 0};
+
+    int batch_ = 0;  // keys collected
+    float *key_, *value_, *dense_, *transposed_;
+    uint8_t *key_bitmap_, *value_bitmap_;
+    int step_begin_ = 0;  // column of the batch where the step's tokens begin, negative if before it
+};
+
+}  // namespace sparsekv
+
+SPARSEKV_EXPORT void sparsekv_attention(const sparsekv::AttentionCall* call) {
+    using namespace sparsekv;
+    thread_local Scratch request_memory, partial_memory;
+    auto* requests = static_cast<Request*>(request_memory.reserve(call->num_reqs * sizeof(Request)));
+    const Plan plan(*call, requests);
+    if (plan.units == 0) return;
+    const size_t partial = Accumulator::floats(plan.rows, call->layout.head_size) * sizeof(float);
+    auto* partials = static_cast<float*>(partial_memory.reserve(plan.partials * partial));
+#pragma omp parallel num_threads(call->num_threads)
+    {
+        Worker worker(plan, partials);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t unit = 0; unit < plan.units; ++unit) worker.attend(unit);
+        if (plan.partials) {
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t unit = 0; unit < plan.units; ++unit) worker.merge(unit);
+        }
+    }
+}

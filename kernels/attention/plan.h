@@ -1,0 +1,104 @@
+// The arguments of one attention call and how its work is divided.
+#pragma once
+
+#include <cstdint>
+
+#include "../cpu/layout.h"
+
+namespace sparsekv {
+
+constexpr int TILE_ROWS = 96;  // query rows of one unit, where the group allows
+constexpr int MIN_PART = 256;  // tokens of history worth a unit of their own
+constexpr int UNITS_PER_THREAD = 4;
+
+// Mirrors ops.AttentionCall. Strides count elements, those of pages and window bytes.
+struct AttentionCall {
+    const uint8_t *query, *key, *value;
+    uint8_t* out;
+    const uint8_t *pages, *window;
+    const int32_t *query_start_loc, *seq_lens, *block_table, *window_block_table;
+    int64_t query_stride, key_stride, value_stride, out_stride;
+    int64_t page_stride, page_head_stride, window_stride, window_head_stride;
+    int64_t block_table_stride, window_block_table_stride;
+    int32_t num_reqs, num_heads, num_kv_heads, block_size, slots_per_block, blocks_per_ring;
+    int32_t num_threads;
+    float scale;
+    Layout layout;
+};
+
+// The units of one request: per KV head, per tile of queries, per part of the history.
+struct Request {
+    int32_t context, query_len, tiles, parts;
+    int64_t first_unit;
+    int64_t first_partial;  // of the results waiting to be merged, where parts > 1
+};
+
+// A unit: one KV head, one tile of queries (its rows: query by query, head by head), one part.
+struct Unit {
+    const Request* request;
+    int32_t index, head, first_query, queries, part;
+    int64_t partial;
+};
+
+struct Plan {
+    const AttentionCall& call;
+    Request* requests;
+    int group;         // query heads per KV head
+    int tile_queries;  // queries of one unit at most
+    int rows = 0;      // rows of one unit at most
+    int64_t units = 0, partials = 0;
+
+    // `requests` holds call.num_reqs entries.
+    Plan(const AttentionCall& call, Request* requests) : call(call), requests(requests) {
+        group = call.num_heads / call.num_kv_heads;
+        tile_queries = group >= TILE_ROWS ? 1 : TILE_ROWS / group;
+        int64_t tokens = 0;
+        for (int i = 0; i < call.num_reqs; ++i) {
+            Request& request = requests[i];
+            request.query_len = call.query_start_loc[i + 1] - call.query_start_loc[i];
+            request.context = call.seq_lens[i] - request.query_len;
+            request.tiles = (request.query_len + tile_queries - 1) / tile_queries;
+            tokens += int64_t(request.tiles) * call.num_kv_heads * request.context;
+            const int queries = request.query_len < tile_queries ? request.query_len : tile_queries;
+            if (queries * group > rows) rows = queries * group;
+        }
+        int64_t part = tokens / (int64_t(call.num_threads) * UNITS_PER_THREAD);
+        if (part < MIN_PART) part = MIN_PART;
+        for (int i = 0; i < call.num_reqs; ++i) {
+            Request& request = requests[i];
+            request.parts = 1;
+            if (call.num_threads > 1 && request.context > part)
+                request.parts = static_cast<int32_t>((request.context + part - 1) / part);
+            request.first_unit = units;
+            request.first_partial = partials;
+            const int64_t count = int64_t(call.num_kv_heads) * request.tiles * request.parts;
+            units += count;
+            if (request.parts > 1) partials += count;
+        }
+    }
+
+    Unit unit(int64_t number) const {
+        int low = 0, high = call.num_reqs - 1;
+        while (low < high) {
+            const int middle = (low + high + 1) / 2;
+            if (requests[middle].first_unit <= number) low = middle;
+            else high = middle - 1;
+        }
+        const Request& request = requests[low];
+        const int64_t in_request = number - request.first_unit;
+        const int64_t tile = in_request / request.parts;
+        Unit unit;
+        unit.request = &request;
+        unit.index = low;
+        unit.part = static_cast<int32_t>(in_request % request.parts);
+        unit.head = static_cast<int32_t>(tile / request.tiles);
+        // Later tiles read more keys, so they go first.
+        unit.first_query = (request.tiles - 1 - static_cast<int32_t>(tile % request.tiles)) * tile_queries;
+        const int left = request.query_len - unit.first_query;
+        unit.queries = left < tile_queries ? left : tile_queries;
+        unit.partial = request.first_partial + in_request;
+        return unit;
+    }
+};
+
+}  // namespace sparsekv

@@ -1,0 +1,71 @@
+// Online softmax, in base 2, of the rows of one unit, and the merge of several such results.
+#pragma once
+
+#include <cmath>
+
+#include "rows.h"
+
+namespace sparsekv {
+
+// Running maximum and sum of each row and its weighted sum of values so far.
+struct Accumulator {
+    float* maximum;   // rows
+    float* total;     // rows
+    float* weighted;  // rows x head_size
+
+    static size_t floats(int rows, int head_size) { return size_t(rows) * (head_size + 2); }
+
+    Accumulator(float* memory, int rows)
+        : maximum(memory), total(memory + rows), weighted(memory + 2 * rows) {}
+
+    void clear(int rows, int head_size) {
+        for (int row = 0; row < rows; ++row) {
+            maximum[row] = -INFINITY;
+            total[row] = 0;
+        }
+        memset(weighted, 0, sizeof(float) * rows * head_size);
+    }
+
+    // Scores of a row's first `visible` keys to weights, in place; the padding up to a multiple
+    // of LANES becomes 0, and so do the n - visible others.
+    void weigh(float* scores, int row, int visible, int n, int head_size) {
+        const int padded = round_up(n, LANES);
+        for (int i = visible; i < padded; ++i) scores[i] = -INFINITY;
+        F largest_score = load(scores);
+        for (int i = LANES; i < padded; i += LANES) largest_score = max(load(scores + i), largest_score);
+        const float seen = largest(largest_score);
+        if (!(seen <= maximum[row])) rescale(row, seen, head_size);
+        const float shift = maximum[row] == -INFINITY ? 0.f : maximum[row];
+        F sums{};
+        for (int i = 0; i < padded; i += LANES) {
+            const F w = exp2(load(scores + i) - shift);
+            store(scores + i, w);
+            sums += w;
+        }
+        total[row] += sum(sums);
+    }
+
+    // Adds another result for the same row.
+    void merge(const Accumulator& other, int row, int head_size) {
+        if (!(other.maximum[row] <= maximum[row])) rescale(row, other.maximum[row], head_size);
+        const float factor = weight(other.maximum[row], maximum[row]);
+        total[row] += factor * other.total[row];
+        for (int d = row * head_size; d < (row + 1) * head_size; d += LANES)
+            store(weighted + d, load(weighted + d) + factor * load(other.weighted + d));
+    }
+
+  private:
+    void rescale(int row, float new_maximum, int head_size) {
+        const float factor = weight(maximum[row], new_maximum);
+        maximum[row] = new_maximum;
+        total[row] *= factor;
+        for (int d = row * head_size; d < (row + 1) * head_size; d += LANES)
+            store(weighted + d, load(weighted + d) * factor);
+    }
+
+    static float weight(float of, float reference) {
+        return of == -INFINITY ? 0.f : exp2(broadcast(of - reference))[0];
+    }
+};
+
+}  // namespace sparsekv

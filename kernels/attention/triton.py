@@ -1,0 +1,511 @@
+"""Paged attention over sparse pages in Triton: split-KV, one pass over pages, window and step.
+
+One program attends with a tile of queries of one request and one KV head: the query heads that share
+the KV head are rows of one matrix product (GQA packed in M). It walks its share of the pruned
+history tile by tile, the first split also the dense window and the step's own keys and values, and
+leaves a softmax-weighted sum with its log-sum-exp; a second kernel merges the splits. Grid and
+splits follow from tensor shapes alone, so a launch can be captured in a CUDA graph and replayed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.attention.unpack import unpack_tile
+from vllm_sparsekv.kernels.triton import AUTO, INT4, find_request, vector_constants
+
+LOG2_E = 1.4426950408889634
+MIN_TILES = tl.constexpr(4)
+"""History tiles that make a split worth its merge."""
+DENSE_TILE = 32
+"""Window or step tokens read at once."""
+
+
+class Launch(NamedTuple):
+    """Sizes of a launch, from shapes only.
+
+    Attributes:
+        rows: M, query rows of a program (tokens times heads of a group), a power of two >= 16.
+        tile: history tokens unpacked at once.
+        splits: parts each history is cut into.
+        num_warps: warps of a program.
+    """
+
+    rows: int
+    tile: int
+    splits: int
+    num_warps: int
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    window: torch.Tensor | None,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor | None,
+    scale: float,
+    fmt: SparseFormat,
+    out: torch.Tensor,
+    *,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """As :func:`vllm_sparsekv.kernels.attention.reference.sparse_attention`.
+
+    Args:
+        workspace: float32, at least :func:`workspace_elements`, for the partial sums of the
+            splits; allocated here when None.
+
+    Raises:
+        ValueError: the workspace is too small.
+    """
+    num_tokens, num_heads, size = query.shape
+    num_reqs, num_kv_heads = seq_lens.shape[0], key.shape[1]
+    if num_tokens == 0 or num_reqs == 0:
+        return
+    group = num_heads // num_kv_heads
+    launch = choose_launch(query, num_kv_heads, num_reqs, block_table.shape[1] * pages.shape[2])
+    partial = lse = out
+    if launch.splits > 1:
+        needed = workspace_elements(query, launch)
+        if workspace is None:
+            workspace = torch.empty(needed, dtype=torch.float32, device=query.device)
+        if workspace.numel() < needed:
+            raise ValueError(f"workspace={workspace.numel()} elements: must be >= {needed}")
+        partial = workspace
+        lse = workspace[launch.splits * query.numel() :]
+
+    slots_per_block, window_strides, tag_strides, tags = 0, (0, 0, 0), (0, 0, 0), seq_lens
+    if window is not None:
+        slots_per_block = window.shape[2]
+        tags = window.view(torch.int32)
+        window_strides, tag_strides = window.stride()[:3], tags.stride()[:3]
+    ring_blocks = 0 if window is None else window_block_table.shape[1]
+    tiles = num_tokens // (launch.rows // group) + num_reqs
+    _attend[tiles, num_kv_heads, launch.splits](
+        query,
+        key,
+        value,
+        pages,
+        query if window is None else window,
+        tags,
+        query_start_loc,
+        seq_lens,
+        block_table,
+        block_table if window is None else window_block_table,
+        out,
+        partial,
+        lse,
+        scale * LOG2_E,
+        num_reqs,
+        num_tokens,
+        ring_blocks * slots_per_block,
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *pages.stride()[:2],
+        *window_strides,
+        *tag_strides,
+        block_table.stride(0),
+        0 if window is None else window_block_table.stride(0),
+        *out.stride()[:2],
+        **attend_constants(
+            fmt, group, pages.shape[2], slots_per_block, launch, _capability(query.device)
+        ),
+        num_warps=launch.num_warps,
+    )
+    if launch.splits > 1:
+        _merge_splits[num_tokens, num_heads](
+            partial,
+            lse,
+            query_start_loc,
+            out,
+            num_reqs,
+            num_tokens,
+            *out.stride()[:2],
+            SPLITS=launch.splits,
+            D=size,
+            PADDED=triton.next_power_of_2(size),
+            num_warps=1,
+        )
+
+
+def choose_launch(
+    query: torch.Tensor, num_kv_heads: int, num_reqs: int, max_context: int
+) -> Launch:
+    """Sizes for a step; looks at shapes and the device only.
+
+    Args:
+        query: (num_tokens, num_heads, D).
+        max_context: tokens the block table has room for.
+    """
+    num_tokens, num_heads, size = query.shape
+    group = num_heads // num_kv_heads
+    wanted = triton.next_power_of_2(triton.cdiv(num_tokens, num_reqs) * group)
+    rows = max(min(wanted, 64 if size <= 128 else 32), 16, triton.next_power_of_2(group))
+    tile = 64 if size <= 128 else 32
+    programs = (num_tokens // (rows // group) + num_reqs) * num_kv_heads
+    useful = triton.cdiv(max_context, tile * MIN_TILES.value)
+    splits = max(1, min(4 * _multiprocessors(query.device) // programs, useful))
+    return Launch(rows, tile, splits, num_warps=4)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    """Compute capability times 10; 0 for a GPU that is not NVIDIA's, 90 under the interpreter."""
+    if device.type != "cuda":
+        return 90
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def workspace_elements(query: torch.Tensor, launch: Launch) -> int:
+    """Float32 elements for the partial sums and log-sum-exps of the splits."""
+    num_tokens, num_heads, size = query.shape
+    return launch.splits * num_tokens * num_heads * (size + 1) if launch.splits > 1 else 0
+
+
+def attend_constants(
+    fmt: SparseFormat,
+    group: int,
+    block_size: int,
+    slots_per_block: int,
+    launch: Launch,
+    capability: int,
+) -> dict[str, Any]:
+    """Compile-time constants of the attention kernel for a CUDA compute capability, times 10."""
+    return {
+        "GROUP": group,
+        "BLOCK_SIZE": block_size,
+        "SLOTS_PER_BLOCK": slots_per_block,
+        "WINDOW": fmt.window,
+        "D": fmt.head_size,
+        "PADDED": triton.next_power_of_2(fmt.head_size),
+        "ROWS": launch.rows,
+        "TILE": launch.tile,
+        "DENSE_TILE": DENSE_TILE,
+        "SPLITS": launch.splits,
+        "K_VALUE_BYTES": fmt.key.value_bytes,
+        "V_VALUE_BYTES": fmt.value.value_bytes,
+        "K_SCALE_BYTES": fmt.key.scale_bytes,
+        "V_SCALE_BYTES": fmt.value.scale_bytes,
+        **vector_constants("K", fmt.key),
+        **vector_constants("V", fmt.value),
+        "WORDS": capability >= 80 and fmt.dtype.itemsize == 2 and fmt.head_size % 32 == 0,
+        "CONVERTS_FP8": capability >= 89,
+    }
+
+
+@triton.jit
+def _attend(
+    query,
+    key,
+    value,
+    pages,
+    window,
+    tags,
+    query_start_loc,
+    seq_lens,
+    block_table,
+    window_block_table,
+    out,
+    partial,
+    lse,
+    scale,
+    num_reqs,
+    num_tokens,
+    ring,
+    query_token_stride,
+    query_head_stride,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    page_block_stride,
+    page_head_stride,
+    window_block_stride,
+    window_head_stride,
+    window_slot_stride,
+    tag_block_stride,
+    tag_head_stride,
+    tag_slot_stride,
+    table_stride,
+    window_table_stride,
+    out_token_stride,
+    out_head_stride,
+    GROUP: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DENSE_TILE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    K_VALUE_BYTES: tl.constexpr,
+    V_VALUE_BYTES: tl.constexpr,
+    K_SCALE_BYTES: tl.constexpr,
+    V_SCALE_BYTES: tl.constexpr,
+    K_SURVIVORS: tl.constexpr,
+    K_CODEC: tl.constexpr,
+    V_SURVIVORS: tl.constexpr,
+    V_CODEC: tl.constexpr,
+    WORDS: tl.constexpr,
+    CONVERTS_FP8: tl.constexpr,
+):
+    TOKENS: tl.constexpr = ROWS // GROUP
+    tile_index = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    request = find_request(query_start_loc, num_reqs, tile_index, TOKENS)
+    start = tl.load(query_start_loc + request)
+    length = tl.load(query_start_loc + request + 1) - start
+    first = (tile_index - start // TOKENS - request) * TOKENS
+    if first >= length:
+        return
+    context = tl.load(seq_lens + request) - length
+
+    row = tl.arange(0, ROWS)
+    local = first + row // GROUP
+    query_head = head * GROUP + row % GROUP
+    token = (start + local).to(tl.int64)
+    real = (row < TOKENS * GROUP) & (local < length)
+    element = tl.arange(0, PADDED)
+    inside = element < D
+    q = tl.load(
+        query
+        + token[:, None] * query_token_stride
+        + query_head[:, None] * query_head_stride
+        + element[None, :],
+        mask=real[:, None] & inside[None, :],
+        other=0,
+    )
+
+    # The words of quantised codecs unpack to float16, whatever the model dtype.
+    K_DTYPE: tl.constexpr = q.dtype if K_CODEC == AUTO or not WORDS else tl.float16
+    V_DTYPE: tl.constexpr = q.dtype if V_CODEC == AUTO or not WORDS else tl.float16
+    k_query = q
+    k_scale = scale
+    if K_DTYPE != q.dtype:
+        k_query, row_scale = _in_float16(q)
+        k_scale = (row_scale * scale)[:, None]
+    if K_CODEC == INT4 and WORDS:
+        query_sum = tl.sum(k_query.to(tl.float32), axis=1)
+
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    weighted = tl.zeros([ROWS, PADDED], tl.float32)
+
+    # The ring's tags decide which of the last WINDOW tokens of the history it replaces.
+    tags += head * tag_head_stride + 2 * D * query.dtype.element_ty.primitive_bitwidth // 32
+    window_block_table += request * window_table_stride
+    block_table += request * table_stride
+    pages += head * page_head_stride
+    num_tiles = tl.cdiv(context, TILE)
+    splits = tl.minimum(SPLITS, tl.cdiv(num_tiles, MIN_TILES))
+    share = tl.cdiv(num_tiles, tl.maximum(splits, 1))
+    tile_start = split * share
+    tile_end = tl.minimum(tile_start + share, num_tiles)
+    whole_end = tl.minimum(tl.maximum(context - WINDOW, 0) // TILE, tile_end)
+    for tile in tl.range(tile_start, tile_end):
+        position = tile * TILE + tl.arange(0, TILE)
+        visible = position < context
+        if WINDOW > 0 and tile >= whole_end:
+            place = position % ring
+            block = tl.load(
+                window_block_table + place // SLOTS_PER_BLOCK, mask=visible, other=0
+            ).to(tl.int64)
+            slot = place % SLOTS_PER_BLOCK
+            tag = tl.load(
+                tags + block * tag_block_stride + slot * tag_slot_stride, mask=visible, other=0
+            )
+            visible &= (tag != position + 1) | (position < context - WINDOW)
+        block = tl.load(block_table + position // BLOCK_SIZE, mask=visible, other=0)
+        offset = position % BLOCK_SIZE
+        tile_at = block.to(tl.int64) * page_block_stride
+        values_at = tile_at + BLOCK_SIZE * 2 * (D // 8)
+        scale_at = values_at + BLOCK_SIZE * (K_VALUE_BYTES + V_VALUE_BYTES)
+        k, k_step, k_zero = unpack_tile(
+            pages,
+            tile_at + offset * (D // 8),
+            values_at + offset * K_VALUE_BYTES,
+            scale_at + offset * K_SCALE_BYTES,
+            visible,
+            D,
+            PADDED,
+            K_CODEC,
+            K_DTYPE,
+            WORDS,
+            False,
+            CONVERTS_FP8,
+        )
+        scores = tl.dot(k_query, tl.trans(k), input_precision="ieee")
+        if K_CODEC == INT4 and WORDS:
+            scores = (scores - query_sum[:, None] * k_zero[None, :]) * k_step[None, :]
+        scores *= k_scale
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        v, v_step, v_zero = unpack_tile(
+            pages,
+            tile_at + (BLOCK_SIZE + offset) * (D // 8),
+            values_at + BLOCK_SIZE * K_VALUE_BYTES + offset * V_VALUE_BYTES,
+            scale_at + BLOCK_SIZE * K_SCALE_BYTES + offset * V_SCALE_BYTES,
+            visible,
+            D,
+            PADDED,
+            V_CODEC,
+            V_DTYPE,
+            WORDS,
+            K_SCALE_BYTES + V_SCALE_BYTES == 0,
+            CONVERTS_FP8,
+        )
+        if V_CODEC == INT4 and WORDS:
+            maximum, total, weighted = _fold(
+                maximum, total, weighted, scores, v, v_step, v_zero
+            )
+        else:
+            maximum, total, weighted = _fold(maximum, total, weighted, scores, v, None, None)
+
+    if split == 0:
+        if WINDOW > 0:
+            window += head * window_head_stride
+            for ring_start in tl.range(0, ring, DENSE_TILE):
+                place = ring_start + tl.arange(0, DENSE_TILE)
+                block = tl.load(
+                    window_block_table + place // SLOTS_PER_BLOCK, mask=place < ring, other=0
+                ).to(tl.int64)
+                slot = place % SLOTS_PER_BLOCK
+                position = (
+                    tl.load(
+                        tags + block * tag_block_stride + slot * tag_slot_stride,
+                        mask=place < ring,
+                        other=0,
+                    )
+                    - 1
+                )
+                usable = (position >= context - WINDOW) & (position < context) & (position >= 0)
+                usable &= position % ring == place
+                source = (block * window_block_stride + slot * window_slot_stride)[:, None]
+                source += element[None, :]
+                mask = usable[:, None] & inside[None, :]
+                k = tl.load(window + source, mask=mask, other=0)
+                v = tl.load(window + D + source, mask=mask, other=0)
+                scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+                scores = tl.where(usable[None, :], scores, float("-inf"))
+                maximum, total, weighted = _fold(maximum, total, weighted, scores, v, None, None)
+        key += start.to(tl.int64) * key_token_stride + head * key_head_stride
+        value += start.to(tl.int64) * value_token_stride + head * value_head_stride
+        for step_start in tl.range(0, tl.minimum(first + TOKENS, length), DENSE_TILE):
+            step = step_start + tl.arange(0, DENSE_TILE)
+            mask = (step < length)[:, None] & inside[None, :]
+            k = tl.load(
+                key + step[:, None] * key_token_stride + element[None, :], mask=mask, other=0
+            )
+            v = tl.load(
+                value + step[:, None] * value_token_stride + element[None, :], mask=mask, other=0
+            )
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.where(step[None, :] <= local[:, None], scores, float("-inf"))
+            maximum, total, weighted = _fold(maximum, total, weighted, scores, v, None, None)
+
+    place = real[:, None] & inside[None, :]
+    result = weighted / total[:, None]
+    if SPLITS == 1:
+        target = token[:, None] * out_token_stride + query_head[:, None] * out_head_stride
+        tl.store(out + target + element[None, :], result.to(out.dtype.element_ty), mask=place)
+    else:
+        total_heads = tl.num_programs(1) * GROUP
+        target = (split * num_tokens + token) * total_heads + query_head
+        tl.store(partial + target[:, None] * D + element[None, :], result, mask=place)
+        tl.store(lse + target, tl.where(total > 0, maximum + tl.log2(total), float("-inf")), real)
+
+
+@triton.jit
+def _fold(maximum, total, weighted, scores, v, step, zero):
+    """Online softmax in base 2: add values (n, PADDED), weighted by 2 ** scores (ROWS, n).
+
+    The values are v, or ``step * (v - zero)`` with (n,) steps and zeros where these are not None.
+    """
+    raised = tl.maximum(maximum, tl.max(scores, axis=1))
+    shift = tl.where(raised == float("-inf"), 0.0, raised)
+    weights = tl.exp2(scores - shift[:, None])
+    correction = tl.exp2(maximum - shift)
+    total = total * correction + tl.sum(weights, axis=1)
+    weighted = weighted * correction[:, None]
+    if step is None:
+        weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
+    else:
+        # Steps join the weights; relative to the largest they cannot leave float16's range.
+        largest = tl.maximum(tl.max(step, axis=0), 1e-30)
+        narrow = (weights * (step / largest)[None, :]).to(v.dtype)
+        offset = tl.sum(narrow.to(tl.float32) * zero[None, :], axis=1)
+        weighted += (tl.dot(narrow, v) - offset[:, None]) * largest
+    return raised, total, weighted
+
+
+@triton.jit
+def _in_float16(q):
+    """q (ROWS, PADDED) as float16 times one power of two a row, (ROWS,) float32."""
+    largest = tl.max(tl.abs(q.to(tl.float32)), axis=1).to(tl.int32, bitcast=True)
+    exponent = tl.minimum(tl.maximum(largest & 0x7F800000, 0x00800000), 0x7E800000)
+    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+    return (q.to(tl.float32) * inverse[:, None]).to(tl.float16), exponent.to(
+        tl.float32, bitcast=True
+    )
+
+
+@triton.jit
+def _merge_splits(
+    partial,
+    lse,
+    query_start_loc,
+    out,
+    num_reqs,
+    num_tokens,
+    out_token_stride,
+    out_head_stride,
+    SPLITS: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """Merge one token's query head; a split weighs 2 ** lse."""
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    if token < tl.load(query_start_loc + num_reqs):
+        num_heads = tl.num_programs(1)
+        element = tl.arange(0, PADDED)
+        maximum = tl.full([1], float("-inf"), tl.float32)
+        total = tl.zeros([1], tl.float32)
+        merged = tl.zeros([PADDED], tl.float32)
+        for split in range(SPLITS):
+            place = (split * num_tokens + token) * num_heads + head
+            part = tl.load(lse + place)
+            raised = tl.maximum(maximum, part)
+            weight = tl.where(part == float("-inf"), 0.0, tl.exp2(part - raised))
+            correction = tl.where(maximum == float("-inf"), 0.0, tl.exp2(maximum - raised))
+            mask = (element < D) & (weight > 0)
+            merged = merged * correction + weight * tl.load(
+                partial + place * D + element, mask=mask, other=0
+            )
+            total = total * correction + weight
+            maximum = raised
+        target = out + token * out_token_stride + head * out_head_stride
+        tl.store(target + element, (merged / total).to(out.dtype.element_ty), mask=element < D)

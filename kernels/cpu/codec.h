@@ -1,0 +1,96 @@
+// Element storage: model dtypes and the survivors' codecs (vllm_sparsekv/codecs.py), as float32.
+#pragma once
+
+#include "simd.h"
+
+namespace sparsekv {
+
+// The numbers are those of STORAGE in kernels/cpu/ops.py.
+enum Storage : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FP8 = 3, INT4 = 4 };
+
+inline int storage_bits(int storage) {
+    constexpr int BITS[] = {32, 16, 16, 8, 4};
+    return BITS[storage];
+}
+inline int scale_bytes(int storage) { return storage == INT4 ? 4 : 0; }
+
+template <class To, class From>
+inline To bit_cast(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+// ---- one value ----
+
+inline float bfloat16_to_float(uint16_t x) { return bit_cast<float>(uint32_t(x) << 16); }
+
+// Both small formats share one scheme: move exponent and mantissa into place, rebias, and let a
+// subtraction normalise what was subnormal.
+inline float float16_to_float(uint16_t x) {
+    uint32_t bits = uint32_t(x & 0x7fff) << 13;
+    const uint32_t exponent = bits & 0x0f800000;
+    bits += 112u << 23;
+    if (exponent == 0x0f800000) bits += 112u << 23;
+    if (exponent == 0) bits = bit_cast<uint32_t>(bit_cast<float>(bits + (1u << 23)) - 0x1p-14f);
+    return bit_cast<float>(bits | uint32_t(x & 0x8000) << 16);
+}
+
+inline float fp8_to_float(uint8_t x) {
+    uint32_t bits = (uint32_t(x & 0x7f) << 20) + (120u << 23);
+    if ((x & 0x7f) == 0x7f) bits = 0x7fc00000;
+    if ((x & 0x78) == 0) bits = bit_cast<uint32_t>(bit_cast<float>(bits + (1u << 23)) - 0x1p-6f);
+    return bit_cast<float>(bits | uint32_t(x & 0x80) << 24);
+}
+
+// Round to nearest even a float to `mantissa` bits with the given least normal exponent.
+inline uint32_t round_bits(uint32_t magnitude, int mantissa, int bias) {
+    const int drop = 23 - mantissa;
+    const uint32_t least_normal = uint32_t(128 - bias) << 23;
+    if (magnitude < least_normal) {
+        // Adding 2^(23 - ...) makes the FPU round at the last bit of the subnormal range.
+        const float magic = bit_cast<float>(least_normal + (uint32_t(drop) << 23));
+        return bit_cast<uint32_t>(bit_cast<float>(magnitude) + magic) - bit_cast<uint32_t>(magic);
+    }
+    const uint32_t odd = magnitude >> drop & 1;
+    return (magnitude - (uint32_t(127 - bias) << 23) + (1u << (drop - 1)) - 1 + odd) >> drop;
+}
+
+inline uint16_t float_to_float16(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
+    uint32_t out = magnitude > 0x7f800000    ? 0x7e00
+                   : magnitude >= 0x477ff000 ? 0x7c00
+                                             : round_bits(magnitude, 10, 15);
+    return static_cast<uint16_t>(out | bits >> 31 << 15);
+}
+
+inline uint16_t float_to_bfloat16(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x);
+    if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Saturates finite values at +-448; Inf and NaN become NaN.
+inline uint8_t float_to_fp8(float x) {
+    const uint32_t bits = bit_cast<uint32_t>(x), magnitude = bits & 0x7fffffff;
+    if (magnitude == 0x7f800000) return 0x7f;
+    uint32_t out = magnitude > 0x7f800000 ? 0x7f
+                   : magnitude > 0x43e00000 ? 0x7e
+                                            : round_bits(magnitude, 3, 7);
+    return static_cast<uint8_t>(out | bits >> 31 << 7);
+}
+
+// Row of the model dtype.
+inline void encode_row(int storage, const float* x, int size, uint8_t* out) {
+    if (storage == FLOAT32) {
+        memcpy(out, x, size * sizeof(float));
+        return;
+    }
+    for (int i = 0; i < size; ++i) {
+        const uint16_t y = storage == BFLOAT16 ? float_to_bfloat16(x[i]) : float_to_float16(x[i]);
+        memcpy(out + 2 * i, &y, 2);
+    }
+}
+
+}  // namespace sparsekv

@@ -1,0 +1,50 @@
+// Where everything lies in a page and in a window slot (vllm_sparsekv/format.py).
+#pragma once
+
+#include "codec.h"
+
+#define SPARSEKV_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace sparsekv {
+
+// Mirrors ops.VectorLayout.
+struct VectorLayout {
+    int32_t survivors;
+    int32_t storage;
+
+    int value_bytes() const { return survivors * storage_bits(storage) / 8; }
+};
+
+// Mirrors ops.Layout.
+struct Layout {
+    int32_t head_size;
+    int32_t storage;  // of the model
+    int32_t window;
+    VectorLayout key, value;
+
+    int bitmap_bytes() const { return head_size / 8; }
+    int element_bytes() const { return storage_bits(storage) / 8; }
+    int row_bytes() const { return head_size * element_bytes(); }
+    int slot_bytes() const { return 2 * row_bytes() + 8; }
+};
+
+template <class Byte>
+struct Section {
+    Byte *bitmap, *values, *scales;
+};
+
+// The sections of one tile: N tokens of one KV head.
+template <class Byte>
+struct Tile {
+    Section<Byte> key, value;
+    Tile(Byte* tile, int64_t tokens, const Layout& layout) {
+        key.bitmap = tile;
+        value.bitmap = key.bitmap + tokens * layout.bitmap_bytes();
+        key.values = value.bitmap + tokens * layout.bitmap_bytes();
+        value.values = key.values + tokens * layout.key.value_bytes();
+        key.scales = value.values + tokens * layout.value.value_bytes();
+        value.scales = key.scales + tokens * scale_bytes(layout.key.storage);
+    }
+};
+
+}  // namespace sparsekv

@@ -1,0 +1,137 @@
+// Vectors of floats for one instruction set, chosen by the flags this file is compiled with.
+//
+// Arithmetic is GCC's vector extension; only what it cannot say (expand, horizontal sums, half
+// precision) is written per instruction set. Every set is a library of its own (build.py), so
+// inline functions compiled for different sets never meet in one binary.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace sparsekv {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+using Bits = uint16_t;
+#else
+constexpr int LANES = 8;
+using Bits = uint8_t;
+#endif
+
+typedef float F __attribute__((vector_size(4 * LANES)));
+typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef float UnalignedF __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline F load(const float* p) { return *reinterpret_cast<const UnalignedF*>(p); }
+inline void store(float* p, F x) { *reinterpret_cast<UnalignedF*>(p) = x; }
+inline F broadcast(float x) { return F{} + x; }
+inline F bits_to_float(I x) { return reinterpret_cast<F>(x); }
+inline I float_to_bits(F x) { return reinterpret_cast<I>(x); }
+// A NaN in either operand may be lost; softmax recovers it from the exponential.
+inline F max(F a, F b) { return a > b ? a : b; }
+
+constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// For each bitmap byte and lane: which of the next survivors goes there, -128 where none does.
+struct ExpandTable {
+    alignas(64) int8_t lane[256][8];
+    constexpr ExpandTable() : lane{} {
+        for (int byte = 0; byte < 256; ++byte)
+            for (int i = 0, rank = 0; i < 8; ++i)
+                lane[byte][i] = byte >> i & 1 ? static_cast<int8_t>(rank++) : int8_t{-128};
+    }
+};
+inline constexpr ExpandTable EXPAND;
+
+inline Bits load_bits(const uint8_t* bitmap) {
+    Bits bits;
+    memcpy(&bits, bitmap, sizeof bits);
+    return bits;
+}
+
+// Survivors to the lanes whose bit is set, 0 elsewhere. May read LANES floats from p.
+inline F expand(const float* p, Bits bits) {
+#if defined(__AVX512F__)
+    return _mm512_maskz_expandloadu_ps(bits, p);
+#elif defined(__AVX2__)
+    int64_t packed;
+    memcpy(&packed, EXPAND.lane[bits], 8);
+    const __m256i lane = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(packed));
+    const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lane);
+    return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(lane));
+#else
+    F out{};
+    for (int i = 0; i < LANES; ++i) {
+        const int lane = EXPAND.lane[bits][i];
+        out[i] = lane < 0 ? 0.f : p[lane];
+    }
+    return out;
+#endif
+}
+
+inline int count_bits(Bits bits) { return __builtin_popcount(bits); }
+
+#if defined(__AVX2__)
+inline __m256 fold(F x) {
+#if defined(__AVX512F__)
+    return _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+#else
+    return x;
+#endif
+}
+#endif
+
+// out[i] = sum of the lanes of x[i * stride], i < 4.
+inline void sum4(const F* x, int stride, float* out) {
+#if defined(__AVX2__)
+    const __m256 low = _mm256_hadd_ps(fold(x[0]), fold(x[stride]));
+    const __m256 high = _mm256_hadd_ps(fold(x[2 * stride]), fold(x[3 * stride]));
+    const __m256 sums = _mm256_hadd_ps(low, high);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+#else
+    for (int i = 0; i < 4; ++i) {
+        float lane[LANES];
+        store(lane, x[i * stride]);
+        for (int width = LANES / 2; width; width /= 2)
+            for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+        out[i] = lane[0];
+    }
+#endif
+}
+
+inline float sum(F x) {
+    float lane[LANES];
+    store(lane, x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
+    return lane[0];
+}
+
+inline float largest(F x) {
+    float lane[LANES];
+    store(lane, x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; ++j) lane[j] = lane[j] > lane[j + width] ? lane[j] : lane[j + width];
+    return lane[0];
+}
+
+// 2^x for x <= 0, relative error below 1e-7; 0 below -126, NaN stays NaN.
+inline F exp2(F x) {
+    constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+    const F shifted = x + ROUND;
+    const F f = x - (shifted - ROUND);
+    F p = f * 1.546144746e-4f + 1.339086714e-3f;
+    p = p * f + 9.618056670e-3f;
+    p = p * f + 5.550357104e-2f;
+    p = p * f + 2.402265092e-1f;
+    p = p * f + 6.931471880e-1f;
+    p = p * f + 1.f;
+    const I exponent = float_to_bits(shifted) - float_to_bits(broadcast(ROUND)) + 127;
+    return x < -126.f ? F{} : p * bits_to_float(exponent << 23);
+}
+
+}  // namespace sparsekv

@@ -1,0 +1,198 @@
+"""Prune and pack in Triton: threshold bisection on the bits of |x|, no sort, codec in the same pass.
+
+The k-th largest magnitude of a vector is built bit by bit from the top: a bit stays set when at
+least k magnitudes reach the candidate. Everything above the threshold survives, of those equal to it
+the first ones, as many as are missing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.triton import (
+    AUTO,
+    FP8,
+    encode_fp8,
+    encode_int4,
+    int4_scale,
+    vector_constants,
+)
+
+ROWS = 16
+"""Vectors of one program."""
+
+
+def pack(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    pages: torch.Tensor,
+    fmt: SparseFormat,
+) -> None:
+    """As :func:`vllm_sparsekv.kernels.pack.reference.pack`, byte for byte the same pages."""
+    num_tokens = min(key.shape[0], slot_mapping.shape[0])
+    if num_tokens == 0:
+        return
+    size = fmt.head_size
+    _pack[triton.cdiv(num_tokens * key.shape[1], ROWS), 2](
+        key.contiguous(),
+        value.contiguous(),
+        slot_mapping,
+        pages,
+        num_tokens,
+        key.shape[1],
+        pages.stride(0),
+        pages.stride(1),
+        BLOCK_SIZE=pages.shape[2],
+        D=size,
+        PADDED=triton.next_power_of_2(size),
+        BITS=key.dtype.itemsize * 8,
+        ROWS=ROWS,
+        **vector_constants("K", fmt.key),
+        **vector_constants("V", fmt.value),
+        **section_constants(fmt),
+    )
+
+
+def section_constants(fmt: SparseFormat) -> dict[str, int]:
+    """Bytes of one vector's parts, keyed by kernel parameter."""
+    return {
+        "K_VALUE_BYTES": fmt.key.value_bytes,
+        "V_VALUE_BYTES": fmt.value.value_bytes,
+        "K_SCALE_BYTES": fmt.key.scale_bytes,
+        "V_SCALE_BYTES": fmt.value.scale_bytes,
+    }
+
+
+@triton.jit
+def _pack(
+    key,
+    value,
+    slot_mapping,
+    pages,
+    num_tokens,
+    num_heads,
+    block_stride,
+    head_stride,
+    BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    K_SURVIVORS: tl.constexpr,
+    K_CODEC: tl.constexpr,
+    V_SURVIVORS: tl.constexpr,
+    V_CODEC: tl.constexpr,
+    K_VALUE_BYTES: tl.constexpr,
+    V_VALUE_BYTES: tl.constexpr,
+    K_SCALE_BYTES: tl.constexpr,
+    V_SCALE_BYTES: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = row // num_heads
+    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
+    tile = slot // BLOCK_SIZE * block_stride + row % num_heads * head_stride
+    tile = tl.where(slot >= 0, tile, 0)
+    offset = (slot % BLOCK_SIZE).to(tl.int32)
+    source = row.to(tl.int64)[:, None] * D + tl.arange(0, PADDED)[None, :]
+    values = tile + BLOCK_SIZE * 2 * (D // 8)
+    scales = values + BLOCK_SIZE * (K_VALUE_BYTES + V_VALUE_BYTES)
+    if tl.program_id(1) == 0:
+        _pack_rows(
+            key + source,
+            slot >= 0,
+            pages + tile + offset * (D // 8),
+            pages + values + offset * K_VALUE_BYTES,
+            pages + scales + offset * K_SCALE_BYTES,
+            D,
+            PADDED,
+            BITS,
+            K_SURVIVORS,
+            K_CODEC,
+        )
+    else:
+        _pack_rows(
+            value + source,
+            slot >= 0,
+            pages + tile + BLOCK_SIZE * (D // 8) + offset * (D // 8),
+            pages + values + BLOCK_SIZE * K_VALUE_BYTES + offset * V_VALUE_BYTES,
+            pages + scales + BLOCK_SIZE * K_SCALE_BYTES + offset * V_SCALE_BYTES,
+            D,
+            PADDED,
+            BITS,
+            V_SURVIVORS,
+            V_CODEC,
+        )
+
+
+@triton.jit
+def _pack_rows(
+    source,
+    real,
+    bitmaps,
+    values,
+    scales,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    BITS: tl.constexpr,
+    SURVIVORS: tl.constexpr,
+    CODEC: tl.constexpr,
+):
+    """Prune and store vectors; source (ROWS, PADDED), the others (ROWS,) pointers."""
+    element = tl.arange(0, PADDED)[None, :]
+    x = tl.load(source, mask=real[:, None] & (element < D), other=0)
+    integer: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
+    bits = x.to(integer, bitcast=True)
+    magnitude = bits.to(tl.int32) & ((1 << (BITS - 1)) - 1)
+    bits = tl.where(magnitude == 0, 0, bits).to(integer)
+    magnitude = tl.where(element < D, magnitude, -1)
+    survives = _survivors(magnitude, BITS, SURVIVORS)
+
+    byte = tl.arange(0, PADDED // 8)[None, :]
+    in_byte = survives.to(tl.int32).reshape(survives.shape[0], PADDED // 8, 8)
+    bitmap = tl.sum(in_byte << tl.arange(0, 8)[None, None, :], axis=2)
+    tl.store(bitmaps[:, None] + byte, bitmap.to(tl.uint8), mask=real[:, None] & (byte < D // 8))
+
+    stored = survives & real[:, None]
+    rank = tl.cumsum(survives.to(tl.int32), axis=1) - 1
+    if CODEC == AUTO:
+        tl.store(values.to(tl.pointer_type(integer))[:, None] + rank, bits, mask=stored)
+    elif CODEC == FP8:
+        code = encode_fp8(x.to(tl.float32) + 0.0)
+        tl.store(values[:, None] + rank, code.to(tl.uint8), mask=stored)
+    else:
+        x = tl.where(magnitude == 0, 0.0, x.to(tl.float32))
+        step, zero = int4_scale(x, survives)
+        code = encode_int4(x, step[:, None], zero[:, None])
+        _store_nibbles(values, code, survives, rank, real, SURVIVORS)
+        scale = (step << 1 | zero).to(tl.uint16)
+        tl.store(scales.to(tl.pointer_type(tl.uint16)), scale, mask=real)
+
+
+@triton.jit
+def _survivors(magnitude, BITS: tl.constexpr, SURVIVORS: tl.constexpr):
+    """The SURVIVORS largest of each row, ties to the lower index."""
+    threshold = tl.zeros([magnitude.shape[0]], tl.int32)
+    for i in tl.static_range(BITS - 1):
+        candidate = threshold | (1 << (BITS - 2 - i))
+        reached = tl.sum((magnitude >= candidate[:, None]).to(tl.int32), axis=1)
+        threshold = tl.where(reached >= SURVIVORS, candidate, threshold)
+    above = magnitude > threshold[:, None]
+    tie = (magnitude == threshold[:, None]).to(tl.int32)
+    missing = SURVIVORS - tl.sum(above.to(tl.int32), axis=1)
+    return above | ((tie > 0) & (tl.cumsum(tie, axis=1) <= missing[:, None]))
+
+
+@triton.jit
+def _store_nibbles(values, code, survives, rank, real, SURVIVORS: tl.constexpr):
+    """Survivor 2i is the low nibble of byte i; eight nibbles at a time meet in one sum."""
+    half = values.to(tl.pointer_type(tl.int16))
+    for start in tl.static_range(0, SURVIVORS, 8):
+        here = survives & (rank // 8 == start // 8)
+        word = tl.sum(tl.where(here, code << (rank % 8 * 4), 0), axis=1)
+        tl.store(half + start // 4, word.to(tl.int16), mask=real)
+        if start + 4 < SURVIVORS:
+            tl.store(half + start // 4 + 1, (word >> 16).to(tl.int16), mask=real)

@@ -1,0 +1,105 @@
+"""Device functions that several Triton kernels share: request search and the codecs."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_sparsekv.format import VectorFormat
+
+AUTO = tl.constexpr(0)
+FP8 = tl.constexpr(1)
+INT4 = tl.constexpr(2)
+CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2}
+
+_ROUND = tl.constexpr(12582912.0)
+"""1.5 * 2**23: adding and subtracting it rounds |x| < 2**22 to the nearest integer, ties to even."""
+
+
+def vector_constants(name: str, fmt: VectorFormat) -> dict[str, int]:
+    """Compile-time constants of the vectors ``name`` (``K`` or ``V``), keyed by kernel parameter."""
+    return {f"{name}_SURVIVORS": fmt.survivors, f"{name}_CODEC": CODEC_IDS[fmt.codec.name]}
+
+
+@triton.jit
+def find_request(query_start_loc, num_reqs, item, ROWS: tl.constexpr):
+    """The request that query tile ``item`` belongs to.
+
+    Request r owns the tiles of up to ROWS tokens from ``query_start_loc[r] // ROWS + r`` on, so
+    ``num_tokens // ROWS + num_reqs`` tiles are enough and some are empty. ROWS 0 counts tokens.
+    """
+    low = 0
+    high = num_reqs
+    while high - low > 1:
+        middle = (low + high) // 2
+        first = tl.load(query_start_loc + middle)
+        if ROWS > 0:
+            first = first // ROWS + middle
+        if first <= item:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def encode_fp8(x):
+    """float32 -> the bits of float8 e4m3 in int32; saturates, Inf and NaN become NaN."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    sign = (bits >> 24) & 0x80
+    small = (tl.minimum(tl.abs(x), 448.0) * 512.0 + _ROUND) - _ROUND
+    rounded = magnitude + 0x7FFFF + ((magnitude >> 20) & 1)
+    normal = tl.minimum((rounded >> 20) - 960, 0x7E)
+    finite = tl.where(magnitude < 0x3C800000, small.to(tl.int32), normal) | sign
+    code = tl.where(magnitude == 0x7F800000, 0x7F, finite)
+    return tl.where(magnitude > 0x7F800000, 0x7F | sign, code)
+
+
+@triton.jit
+def decode_fp8(code):
+    """The bits of float8 e4m3 in int32 -> float32."""
+    magnitude = code & 0x7F
+    normal = ((magnitude << 20) + 0x3C000000).to(tl.float32, bitcast=True)
+    small = magnitude.to(tl.float32) * 0.001953125
+    value = tl.where(magnitude < 8, small, normal)
+    value = tl.where(magnitude == 0x7F, float("nan"), value)
+    return tl.where(code >= 0x80, -value, value)
+
+
+@triton.jit
+def int4_scale(x, survives):
+    """Step, in the bits of float16, and zero of each row of x (rows, D) float32, both int32."""
+    low = tl.minimum(tl.min(tl.where(survives, x, 0.0), axis=1), 0.0)
+    high = tl.maximum(tl.max(tl.where(survives, x, 0.0), axis=1), 0.0)
+    broken = tl.max((survives & ~(tl.abs(x) < float("inf"))).to(tl.int32), axis=1) > 0
+    wide = tl.math.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)).to(tl.float16)
+    step = (wide.to(tl.int16, bitcast=True).to(tl.int32) + 0x20) & 0x7FC0
+    step = tl.where(broken | (step >= 0x7C00), 0x7FC0, step)
+    zero = 60.0 - tl.math.div_rn(4.0 * (low + high), _float(step))
+    zero = tl.where(tl.abs(zero) < float("inf"), zero, 0.0)
+    return step, _round(tl.minimum(tl.maximum(zero, 0.0), 127.0))
+
+
+@triton.jit
+def encode_int4(x, step, zero):
+    """float32 -> codes 0..15 in int32, NaN to 0."""
+    code = tl.math.div_rn(x, tl.broadcast_to(_float(step), x.shape)) + zero.to(tl.float32) * 0.125
+    return _round(tl.where(code == code, tl.minimum(tl.maximum(code, 0.0), 15.0), 0.0))
+
+
+@triton.jit
+def load_int4_scale(scale, visible):
+    """Step, float32, and zero, int32, of the vectors whose scales are at ``scale``; else 0."""
+    packed = tl.load(scale.to(tl.pointer_type(tl.uint16)), mask=visible, other=0).to(tl.int32)
+    return _float((packed >> 1) & 0x7FC0), packed & 127
+
+
+@triton.jit
+def _float(half_bits):
+    return half_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _round(x):
+    return ((x + _ROUND) - _ROUND).to(tl.int32)

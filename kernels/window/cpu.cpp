@@ -1,0 +1,47 @@
+// Copies each request's newest tokens of this step into its ring; reference.py says which.
+
+#include "../cpu/layout.h"
+
+namespace sparsekv {
+
+// Mirrors ops.WindowCall. Strides count elements, those of the window bytes.
+struct WindowCall {
+    const uint8_t *key, *value;
+    uint8_t* window;
+    const int32_t *query_start_loc, *seq_lens, *window_block_table;
+    const int64_t* slot_mapping;
+    int64_t key_stride, value_stride, window_stride, window_head_stride, window_block_table_stride;
+    int64_t num_slots;
+    int32_t num_reqs, num_kv_heads, slots_per_block, blocks_per_ring, num_threads;
+    Layout layout;
+};
+
+void write_request(const WindowCall& call, int request) {
+    const Layout& layout = call.layout;
+    const int ring = call.slots_per_block * call.blocks_per_ring;
+    const int end = call.query_start_loc[request + 1], seq_len = call.seq_lens[request];
+    int first = call.query_start_loc[request];
+    if (end - first > ring) first = end - ring;
+    for (int64_t token = first; token < end && token < call.num_slots; ++token) {
+        if (call.slot_mapping[token] < 0) continue;
+        const int position = static_cast<int>(seq_len - end + token), slot = position % ring;
+        const int32_t block = call.window_block_table[request * call.window_block_table_stride + slot / call.slots_per_block];
+        if (block <= 0) continue;
+        uint8_t* content = call.window + block * call.window_stride + slot % call.slots_per_block * layout.slot_bytes();
+        for (int head = 0; head < call.num_kv_heads; ++head, content += call.window_head_stride) {
+            const int64_t column = int64_t(head) * layout.head_size;
+            const int32_t tag = position + 1;
+            memcpy(content, call.key + (token * call.key_stride + column) * layout.element_bytes(), layout.row_bytes());
+            memcpy(content + layout.row_bytes(),
+                   call.value + (token * call.value_stride + column) * layout.element_bytes(), layout.row_bytes());
+            memcpy(content + 2 * layout.row_bytes(), &tag, sizeof tag);
+        }
+    }
+}
+
+}  // namespace sparsekv
+
+SPARSEKV_EXPORT void sparsekv_write_window(const sparsekv::WindowCall* call) {
+#pragma omp parallel for num_threads(call->num_threads) schedule(dynamic, 1) if (call->num_reqs > 8)
+    for (int request = 0; request < call->num_reqs; ++request) sparsekv::write_request(*call, request);
+}

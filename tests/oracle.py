@@ -1,0 +1,86 @@
+"""Dense float64 attention over explicitly pruned vectors: what every implementation must compute.
+
+Nothing here uses the packed format; pruning and quantisation are spelled out again from their
+definitions in ``vllm_sparsekv/codecs.py`` and ``kernels/pack/reference.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_sparsekv.format import VectorFormat
+
+
+def largest(x: torch.Tensor, survivors: int) -> torch.Tensor:
+    """(..., D) -> (..., D) bool: the ``survivors`` largest |x|, NaN over Inf, lower index first."""
+    magnitude = x.double().abs().nan_to_num(nan=2e300, posinf=1e300)
+    order = magnitude.argsort(dim=-1, descending=True, stable=True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(-1, order[..., :survivors], True)
+
+
+def pruned(x: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
+    """(..., D) -> (..., D) float64: the vectors a page gives back, 0 where pruned."""
+    kept = largest(x, fmt.survivors)
+    stored = {"auto": _stored_auto, "fp8": _stored_fp8, "int4": _stored_int4}[fmt.codec.name]
+    return torch.where(kept, stored(x, kept, fmt), 0.0)
+
+
+def _stored_auto(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
+    return x.to(fmt.codec.dtype).double()
+
+
+def _stored_fp8(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
+    limited = x.float().clamp(-448, 448).masked_fill(x.isinf(), torch.nan)
+    return limited.to(torch.float8_e4m3fn).double()
+
+
+def _stored_int4(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
+    x = x.float()
+    low = x.masked_fill(~kept, torch.inf).amin(-1, keepdim=True).clamp_max(0)
+    high = x.masked_fill(~kept, -torch.inf).amax(-1, keepdim=True).clamp_min(0)
+    mantissa, exponent = ((high - low) / 15).half().float().frexp()
+    unit = 2.0 ** (exponent - 5).clamp_min(-18)
+    step = (mantissa.ldexp(exponent) / unit + 0.5).floor() * unit
+    step = step.masked_fill(~(step < 2**16), torch.nan)
+    zero = (60 - 4 * (low + high) / step).round().clamp(0, 127) / 8
+    code = (x / step + zero).round().clamp(0, 15)
+    return torch.where(step == 0, 0.0, step.double() * (code.double() - zero.double()))
+
+
+def as_read(x: torch.Tensor, fmt: VectorFormat, held_from: int, context: int) -> torch.Tensor:
+    """What attention reads of one request's keys or values.
+
+    Args:
+        x: (n, H, D), unpruned.
+        fmt: format of these vectors.
+        held_from: first position the ring holds for this step; all before it come from pages.
+        context: tokens computed before this step; these are the last that can come from pages.
+
+    Returns:
+        (n, H, D) float64.
+    """
+    from_pages = min(held_from, context)
+    return torch.cat([pruned(x[:from_pages], fmt), x[from_pages:].double()])
+
+
+def dense_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Causal attention of one request; its L queries are the last L of its n tokens.
+
+    Args:
+        query: (L, num_heads, D).
+        key: (n, num_kv_heads, D).
+        value: (n, num_kv_heads, D).
+        scale: factor on q . k.
+
+    Returns:
+        (L, num_heads, D) float64.
+    """
+    group = query.shape[1] // key.shape[1]
+    key = key.double().repeat_interleave(group, dim=1)
+    value = value.double().repeat_interleave(group, dim=1)
+    scores = torch.einsum("lhd,nhd->hln", query.double(), key) * scale
+    length, n = scores.shape[1:]
+    ahead = torch.arange(n) > torch.arange(n - length, n)[:, None]
+    return torch.einsum("hln,nhd->lhd", scores.masked_fill(ahead, -torch.inf).softmax(-1), value)

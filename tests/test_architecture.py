@@ -1,0 +1,125 @@
+"""What may import what."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vllm_sparsekv.kernels
+
+PACKAGE = Path(vllm_sparsekv.__file__).parent
+KERNELS = Path(vllm_sparsekv.kernels.__file__).parent
+ROOTS = {"vllm_sparsekv": PACKAGE, "vllm_sparsekv.kernels": KERNELS}
+SOURCES = sorted(
+    path
+    for root in ROOTS.values()
+    for path in root.rglob("*.py")
+    if "__pycache__" not in path.parts
+)
+
+BLOCKER = """
+import sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked!r}:
+            raise ImportError(f"{{name}} is not to be imported here")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+
+def imported_modules(path: Path) -> set[str]:
+    """Every module a file names in an import, also inside functions and under conditions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            found |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
+    return found
+
+
+def top_levels(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported_modules(path)}
+
+
+def module_name(path: Path) -> str:
+    root = "vllm_sparsekv.kernels" if path.is_relative_to(KERNELS) else "vllm_sparsekv"
+    parts = path.relative_to(ROOTS[root]).with_suffix("").parts
+    return ".".join([root, *(part for part in parts if part != "__init__")])
+
+
+def import_without(modules: list[str], blocked: list[str], cwd: Path) -> None:
+    """Import in a fresh interpreter in which ``blocked`` cannot be imported."""
+    code = BLOCKER.format(blocked=blocked) + "".join(f"import {name}\n" for name in modules)
+    code += f"assert not set({blocked!r}) & set(sys.modules)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_scan_sees_both_packages():
+    names = {module_name(path) for path in SOURCES}
+    assert {"vllm_sparsekv.vllm_compat", "vllm_sparsekv.kernels.pack.reference"} <= names
+
+
+def test_only_the_compat_module_imports_vllm():
+    assert [path.name for path in SOURCES if "vllm" in top_levels(path)] == ["vllm_compat.py"]
+
+
+def test_kernels_and_format_know_only_the_format():
+    """They depend on nothing of this package but each other, format, config and codecs."""
+    allowed = {
+        "vllm_sparsekv",
+        "vllm_sparsekv.codecs",
+        "vllm_sparsekv.config",
+        "vllm_sparsekv.format",
+    }
+    plain = [PACKAGE / f"{name}.py" for name in ("codecs", "config", "format")]
+    for path in [*plain, *(path for path in SOURCES if path.is_relative_to(KERNELS))]:
+        ours = {name for name in imported_modules(path) if name.startswith("vllm_sparsekv")}
+        other = {
+            name
+            for name in ours
+            if not name.startswith("vllm_sparsekv.kernels")
+            and name not in allowed
+            and name.rpartition(".")[0] not in allowed - {"vllm_sparsekv"}
+        }
+        assert not other, f"{path.name} imports {sorted(other)}"
+        if path in plain:
+            assert not any("kernels" in name for name in ours), f"{path.name} imports kernels"
+
+
+def test_references_and_api_import_without_vllm_and_triton(tmp_path):
+    references = [module_name(path) for path in SOURCES if path.name == "reference.py"]
+    assert len(references) >= 3
+    import_without(
+        [
+            "vllm_sparsekv.codecs",
+            "vllm_sparsekv.config",
+            "vllm_sparsekv.format",
+            *references,
+            "vllm_sparsekv.kernels.api",
+        ],
+        ["vllm", "triton"],
+        tmp_path,
+    )
+
+
+def test_every_kernel_module_imports_without_vllm(tmp_path):
+    kernels = [module_name(path) for path in SOURCES if path.is_relative_to(KERNELS)]
+    import_without(kernels, ["vllm"], tmp_path)
+
+
+def test_the_blocker_blocks(tmp_path):
+    with pytest.raises(AssertionError, match="vllm.version is not|vllm is not"):
+        import_without(["vllm_sparsekv.vllm_compat"], ["vllm"], tmp_path)

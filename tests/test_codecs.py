@@ -1,0 +1,172 @@
+"""Error bounds and edge cases of the survivor codecs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sparsekv.codecs import CODECS, AutoCodec, Fp8Codec, Int4Codec
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FP8 = Fp8Codec(torch.float32)
+INT4 = Int4Codec(torch.float32)
+
+
+def round_trip(codec, values: torch.Tensor) -> torch.Tensor:
+    packed, scales = codec.encode(values)
+    assert packed.dtype == scales.dtype == torch.uint8
+    assert packed.shape == (*values.shape[:-1], values.shape[-1] * codec.bits // 8)
+    assert scales.shape == (*values.shape[:-1], codec.scale_bytes)
+    decoded = codec.decode(packed, scales)
+    assert decoded.dtype == torch.float32 and decoded.shape == values.shape
+    return decoded
+
+
+def vectors(largest: float):
+    """Vectors of 4 to 32 float32 values up to ``largest``."""
+    value = st.floats(-largest, largest, width=32)
+    return st.lists(value, min_size=4, max_size=32).map(
+        lambda values: torch.tensor(values[: len(values) // 4 * 4])
+    )
+
+
+@pytest.mark.parametrize("name", CODECS)
+@pytest.mark.parametrize("shape", [(0, 8), (3, 2, 4), (1, 0, 16)])
+def test_shapes(name, shape):
+    for dtype in DTYPES:
+        assert not round_trip(CODECS[name](dtype), torch.zeros(shape, dtype=dtype)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_auto_is_exact(dtype):
+    limits = torch.finfo(dtype)
+    values = torch.tensor(
+        [limits.max, limits.min, limits.tiny, limits.smallest_normal / 2, 0.0, 1 + limits.eps]
+        + [torch.inf, -torch.inf],
+        dtype=dtype,
+    )
+    assert torch.equal(round_trip(AutoCodec(dtype), values), values.float())
+    assert round_trip(AutoCodec(dtype), torch.full((4,), torch.nan, dtype=dtype)).isnan().all()
+    assert AutoCodec(dtype).bits == {2: 16, 4: 32}[dtype.itemsize]
+
+
+def test_fp8_decodes_every_byte_as_torch_does():
+    codes = torch.arange(256, dtype=torch.uint8)
+    expected = codes.view(torch.float8_e4m3fn).float()
+    decoded = FP8.decode(codes, codes[:0])
+    assert torch.equal(decoded.nan_to_num(nan=-1e9), expected.nan_to_num(nan=-1e9))
+    assert (decoded.isnan().nonzero().squeeze() == torch.tensor([127, 255])).all()
+
+
+def test_fp8_keeps_its_own_values():
+    values = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    values = values[values.isfinite()]
+    assert torch.equal(round_trip(FP8, values), values)
+
+
+@given(vectors(448.0))
+def test_fp8_error_is_half_a_unit_in_the_last_place(values):
+    """3 mantissa bits, smallest normal 2**-6: half a unit is 2**-4 relative, 2**-10 below."""
+    error = (round_trip(FP8, values).double() - values.double()).abs()
+    exponent = values.double().abs().clamp_min(2**-6).log2().floor()
+    assert (error <= 2 ** (exponent - 4)).all()
+
+
+def test_fp8_saturates():
+    values = torch.tensor([448, 449, 464, 465, 480, 1e4, 3e38, -448, -449, -500, -65504, -3e38])
+    assert round_trip(FP8, values).tolist() == [448.0] * 7 + [-448.0] * 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fp8_turns_inf_and_nan_into_nan_and_leaves_the_rest(dtype):
+    values = torch.tensor([torch.inf, 2.0, -torch.inf, torch.nan, -1.0, 0.5], dtype=dtype)
+    decoded = round_trip(Fp8Codec(dtype), values)
+    assert decoded.isnan().tolist() == [True, False, True, True, False, False]
+    assert decoded[~decoded.isnan()].tolist() == [2.0, -1.0, 0.5]
+
+
+def int4_scale(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Step and zero (in codes), read from the scale bytes as the docstring draws them."""
+    low_byte, high_byte = INT4.encode(values)[1].int().unbind(-1)
+    bits = high_byte << 8 | low_byte
+    exponent, mantissa = bits >> 11, bits >> 7 & 15
+    subnormal = mantissa * 2.0**-18
+    step = torch.where(exponent == 0, subnormal, (1 + mantissa / 16) * 2.0 ** (exponent - 15))
+    return step.double(), (bits & 127).double() / 8
+
+
+@given(vectors(4.8e5))
+def test_int4_error_is_half_a_step(values):
+    step, zero = int4_scale(values)
+    decoded = round_trip(INT4, values).double()
+    error = (decoded - values.double()).abs()
+    ideal = (values.double().clamp_min(0).max() - values.double().clamp_max(0).min()) / 15
+    if step >= 2**-14:
+        assert (error <= step / 2 * (1 + 1e-5)).all()
+        assert (step - ideal).abs() <= ideal * (2**-5 + 2**-11)
+    else:
+        assert (step - ideal).abs() <= 2**-19 + 2**-25
+        assert (error <= step / 2 + 15 * 2**-19).all()
+    codes = torch.stack([INT4.encode(values)[0] & 15, INT4.encode(values)[0] >> 4], -1).flatten()
+    assert torch.equal(decoded, step * (codes.double() - zero)), "decoding is exact"
+
+
+def test_int4_is_exact_on_its_own_levels():
+    codes = torch.tensor([3, 0, 15, 7, 1, 8, 14, 2])
+    values = -1.5 + 0.25 * codes
+    packed, scales = INT4.encode(values)
+    assert packed.tolist() == [0x03, 0x7F, 0x81, 0x2E]
+    # 0.25 is float16 0x3400, without its sign and last 6 bits in bits 15..7; value 0 is code 6.
+    assert scales.tolist() == [0x30, 0x68]
+    assert torch.equal(INT4.decode(packed, scales), values)
+
+
+@pytest.mark.parametrize("value", [1.0, -2.5, 65504.0, -65504.0, 9e5, 2**-10, -3.14159])
+def test_int4_all_equal(value):
+    """The range includes 0, so 15 codes span |value|; the steps differ by at most 2 ** -5."""
+    decoded = round_trip(INT4, torch.full((2, 8), value))
+    assert decoded.unique().numel() == 1
+    assert (decoded - value).abs().max() <= abs(value) / 15 * (1 + 2**-5) / 2
+
+
+def test_int4_zeros_are_exact():
+    assert torch.equal(round_trip(INT4, torch.tensor([0.0, -0.0, 0.0, 0.0])), torch.zeros(4))
+
+
+def test_int4_denormals_neither_turn_into_nan_nor_grow():
+    tiny = torch.finfo(torch.float32).smallest_normal
+    values = torch.tensor([tiny / 2, -tiny / 4, tiny, 0.0, 1e-9, -1e-8, 3e-8, 5e-8])
+    assert torch.equal(round_trip(INT4, values), torch.zeros(8))
+    values = torch.tensor([2**-18, -(2**-18), 15 * 2**-18, 7 * 2**-18])
+    assert (round_trip(INT4, values) - values).abs().max() <= 2**-18
+
+
+def test_int4_spans_all_of_float16():
+    values = torch.tensor([-65504.0, 65504.0, 0.0, 32752.0])
+    step = 65504 * 2 / 15 * (1 + 2**-5)
+    assert (round_trip(INT4, values) - values).abs().max() <= step / 2
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan, -torch.nan, 1e30, -1e6])
+def test_int4_vector_that_cannot_be_stored_is_nan_throughout(bad):
+    values = torch.ones(2, 8)
+    values[0, 5] = bad
+    decoded = round_trip(INT4, values)
+    assert decoded[0].isnan().all()
+    assert (decoded[1] - 1).abs().max() <= 1 / 29
+
+
+def test_int4_largest_step():
+    """15 steps of 63488 are the largest range; from 64512 on a step rounds beyond float16."""
+    values = torch.tensor([0.0, 15 * 64000, 0.0, 63488 * 7])
+    decoded = round_trip(INT4, values)
+    assert (decoded - values).abs().max() <= 63488 / 2
+    assert round_trip(INT4, values.index_fill(0, torch.tensor(1), 15 * 64600.0)).isnan().all()
+
+
+def test_int4_both_infinities():
+    assert round_trip(INT4, torch.tensor([torch.inf, -torch.inf, 0, 1])).isnan().all()

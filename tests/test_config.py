@@ -1,0 +1,102 @@
+"""What users may write under ``sparsekv`` and what they are told when it is wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vllm_sparsekv.config import PRESETS, SparseKVConfig
+
+SPARSITY = "must be a number s with 0 <= s < 1"
+DTYPE = "must be one of ['auto', 'fp8', 'int4']"
+WINDOW = "must be an integer >= 0 (tokens)"
+SETTINGS = "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window']"
+
+
+def test_defaults():
+    expected = SparseKVConfig(0.5, 0.5, "auto", "auto", 64)
+    assert SparseKVConfig() == SparseKVConfig.from_dict(None) == expected
+    assert SparseKVConfig.from_dict({}) == expected
+
+
+def test_every_field_is_settable():
+    settings = {
+        "key_sparsity": 0,
+        "value_sparsity": 0.75,
+        "key_dtype": "int4",
+        "value_dtype": "fp8",
+        "window": 0,
+    }
+    assert SparseKVConfig.from_dict(settings) == SparseKVConfig(0, 0.75, "int4", "fp8", 0)
+
+
+def test_preset_is_the_start_and_single_fields_win():
+    capacity = SparseKVConfig(0.5, 0.5, "fp8", "fp8", 64)
+    assert SparseKVConfig.from_dict({"preset": "capacity"}) == capacity
+    mixed = SparseKVConfig.from_dict({"value_dtype": "auto", "preset": "capacity", "window": 7})
+    assert mixed == SparseKVConfig(0.5, 0.5, "fp8", "auto", 7)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_name_what_they_set(name):
+    config = SparseKVConfig.from_dict({"preset": name})
+    for field, value in PRESETS[name].items():
+        assert getattr(config, field) == value
+
+
+@pytest.mark.parametrize("field", ["key_sparsity", "value_sparsity"])
+@pytest.mark.parametrize(
+    "value", [1, 1.0, -0.001, 1.5, math.nan, math.inf, -math.inf, "0.5", None, True, [0.5]]
+)
+def test_bad_sparsity(field, value):
+    assert refusal({field: value}) == f"sparsekv.{field}={value!r}: {SPARSITY}"
+
+
+@pytest.mark.parametrize("field", ["key_dtype", "value_dtype"])
+@pytest.mark.parametrize("value", ["bf16", "AUTO", "", None, 8, ["fp8"], {"fp8": 1}])
+def test_bad_dtype(field, value):
+    assert refusal({field: value}) == f"sparsekv.{field}={value!r}: {DTYPE}"
+
+
+@pytest.mark.parametrize("value", [-1, 64.0, "64", None, True, math.nan, [64]])
+def test_bad_window(value):
+    assert refusal({"window": value}) == f"sparsekv.window={value!r}: {WINDOW}"
+
+
+@pytest.mark.parametrize("value", ["fast", "", 1, ["capacity"], {}])
+def test_bad_preset(value):
+    message = refusal({"preset": value})
+    assert message == f"sparsekv.preset={value!r}: must be one of {sorted(PRESETS)}"
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("key_sparsty", "key_sparsity"),
+        ("valuesparsity", "value_sparsity"),
+        ("windows", "window"),
+        ("Preset", "preset"),
+        ("key_dtypes", "key_dtype"),
+    ],
+)
+def test_unknown_setting_names_the_nearest(name, nearest):
+    message = refusal({name: 0.5})
+    expected = f"sparsekv.{name}: unknown setting, did you mean {nearest!r}? valid: {SETTINGS}"
+    assert message == expected
+
+
+@pytest.mark.parametrize("name", ["zzz", "", 3, None])
+def test_unknown_setting_without_a_near_name_lists_all(name):
+    assert refusal({name: 0.5}) == f"sparsekv.{name}: unknown setting, valid: {SETTINGS}"
+
+
+@pytest.mark.parametrize("settings", ["key_sparsity=0.5", [("window", 3)], 3, False])
+def test_settings_that_are_no_mapping(settings):
+    assert refusal(settings) == f"sparsekv={settings!r}: must be a mapping of settings"
+
+
+def refusal(settings) -> str:
+    with pytest.raises(ValueError) as error:
+        SparseKVConfig.from_dict(settings)
+    return str(error.value)

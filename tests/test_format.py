@@ -1,0 +1,224 @@
+"""Sizes and layout of pages and window slots, as literal numbers."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+from vllm_sparsekv.config import SparseKVConfig
+from vllm_sparsekv.format import SparseFormat
+
+BF16 = torch.bfloat16
+
+# head_size: {sparsity: (survivors, bytes of one vector as bf16, fp8, int4, fp32)}
+VECTOR_BYTES = {
+    64: {
+        0.0: (64, 136, 72, 42, 264),
+        0.3: (48, 104, 56, 34, 200),
+        0.5: (32, 72, 40, 26, 136),
+        0.7: (20, 48, 28, 20, 88),
+    },
+    80: {
+        0.0: (80, 170, 90, 52, 330),
+        0.3: (56, 122, 66, 40, 234),
+        0.5: (40, 90, 50, 32, 170),
+        0.7: (24, 58, 34, 24, 106),
+    },
+    96: {
+        0.0: (96, 204, 108, 62, 396),
+        0.3: (68, 148, 80, 48, 284),
+        0.5: (48, 108, 60, 38, 204),
+        0.7: (32, 76, 44, 30, 140),
+    },
+    128: {
+        0.0: (128, 272, 144, 82, 528),
+        0.3: (92, 200, 108, 64, 384),
+        0.5: (64, 144, 80, 50, 272),
+        0.7: (40, 96, 56, 38, 176),
+    },
+    256: {
+        0.0: (256, 544, 288, 162, 1056),
+        0.3: (180, 392, 212, 124, 752),
+        0.5: (128, 288, 160, 98, 544),
+        0.7: (80, 192, 112, 74, 352),
+    },
+}
+STORAGE = (("auto", BF16), ("fp8", BF16), ("int4", BF16), ("auto", torch.float32))
+
+
+def make(head_size=64, dtype=BF16, lookahead=0, **settings) -> SparseFormat:
+    return SparseFormat.from_config(SparseKVConfig(**settings), head_size, dtype, lookahead)
+
+
+@pytest.mark.parametrize("head_size", VECTOR_BYTES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7])
+def test_vector_bytes(head_size, sparsity):
+    survivors, *sizes = VECTOR_BYTES[head_size][sparsity]
+    for (codec, dtype), size in zip(STORAGE, sizes, strict=True):
+        fmt = make(head_size, dtype, key_sparsity=sparsity, key_dtype=codec)
+        assert fmt.key.survivors == survivors
+        assert fmt.key.num_bytes == size
+        assert fmt.key.sparsity == pytest.approx(1 - survivors / head_size)
+        fmt = make(head_size, dtype, value_sparsity=sparsity, value_dtype=codec)
+        assert (fmt.value.survivors, fmt.value.num_bytes) == (survivors, size)
+
+
+def test_token_and_slot_bytes():
+    fmt = make(128, key_sparsity=0.3, key_dtype="int4", value_dtype="fp8")
+    assert (fmt.token_bytes, fmt.dense_token_bytes, fmt.slot_bytes) == (64 + 80, 512, 520)
+    fmt = make(80, torch.float32)
+    assert (fmt.token_bytes, fmt.dense_token_bytes, fmt.slot_bytes) == (340, 640, 648)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "survivors"),
+    # 64 elements: exact multiples of 4 stay, everything between goes up.
+    [(0.9375, 4), (0.93, 8), (0.9, 8), (0.75, 16), (0.749, 20), (0.0001, 64), (1 / 3, 44)],
+)
+def test_survivors_round_up_to_a_multiple_of_4(sparsity, survivors):
+    assert make(64, key_sparsity=sparsity).key.survivors == survivors
+
+
+# The window of 64 tokens unless said. (settings, head_size, dtype, block_size, r, m)
+RINGS = [
+    ({}, 64, BF16, 64, 32, 2),
+    ({}, 64, torch.float32, 64, 32, 2),
+    ({}, 64, BF16, 16, 8, 8),
+    ({"key_sparsity": 0.0, "value_sparsity": 0.0}, 64, BF16, 64, 64, 1),
+    ({"key_dtype": "fp8", "value_dtype": "fp8"}, 64, BF16, 64, 16, 4),
+    ({"key_dtype": "fp8", "value_dtype": "fp8"}, 64, BF16, 48, 12, 6),
+    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 64, 8, 8),
+    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 48, 8, 8),
+    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 16, 2, 32),
+    ({"key_dtype": "int4", "value_dtype": "int4", "key_sparsity": 0.3}, 128, BF16, 64, 8, 8),
+    ({"key_dtype": "int4", "value_dtype": "int4"}, 256, torch.float32, 16, 1, 64),
+    ({"window": 1}, 64, BF16, 64, 32, 1),
+    ({"window": 32}, 64, BF16, 64, 32, 1),
+    ({"window": 33}, 64, BF16, 64, 32, 2),
+    ({"window": 0}, 64, BF16, 64, 32, 0),
+]
+
+
+@pytest.mark.parametrize(("settings", "head_size", "dtype", "block_size", "r", "m"), RINGS)
+def test_ring(settings, head_size, dtype, block_size, r, m):
+    fmt = make(head_size, dtype, **settings)
+    assert fmt.slots_per_block(block_size) == r
+    assert fmt.blocks_per_ring(r) == m
+    assert r * fmt.slot_bytes <= block_size * fmt.token_bytes and block_size % r == 0
+
+
+@pytest.mark.parametrize(
+    ("window", "lookahead", "slots"), [(64, 0, 64), (64, 1, 66), (64, 3, 68), (0, 3, 0), (1, 5, 7)]
+)
+def test_ring_has_room_for_lookahead(window, lookahead, slots):
+    fmt = make(lookahead=lookahead, window=window)
+    assert fmt.min_ring_slots == slots
+    assert fmt.blocks_per_ring(1) == slots
+    assert make(lookahead=3, window=64).blocks_per_ring(32) == 3
+
+
+@pytest.mark.parametrize("head_size", [0, -16, 8, 24, 100])
+def test_bad_head_size(head_size):
+    message = refusal(make, head_size)
+    assert message == f"head_size={head_size}: must be a positive multiple of 16"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int8, torch.float8_e4m3fn])
+def test_bad_dtype(dtype):
+    valid = "[torch.float16, torch.bfloat16, torch.float32]"
+    assert refusal(make, 64, dtype) == f"dtype={dtype}: must be one of {valid}"
+
+
+@pytest.mark.parametrize("field", ["key_sparsity", "value_sparsity"])
+@pytest.mark.parametrize(
+    ("head_size", "sparsity", "largest"),
+    [(64, 0.938, 0.9375), (80, 0.99, 0.95), (96, 0.97, 0.9583)],
+)
+def test_sparsity_that_leaves_too_few_survivors(field, head_size, sparsity, largest):
+    message = refusal(make, head_size, **{field: sparsity})
+    assert message == (
+        f"sparsekv.{field}={sparsity}: leaves fewer than 4 of {head_size} elements, "
+        f"must be <= {largest} for head_size {head_size}"
+    )
+
+
+@pytest.mark.parametrize("head_size", range(16, 528, 16))
+def test_the_largest_sparsity_named_is_accepted(head_size):
+    message = refusal(make, head_size, key_sparsity=0.999)
+    largest = float(re.search(r"must be <= (\S+) for", message)[1])
+    assert make(head_size, key_sparsity=largest).key.survivors in (4, 8)
+    assert make(head_size, key_sparsity=1 - 4 / head_size).key.survivors == 4
+    refusal(make, head_size, key_sparsity=largest + 2e-4)
+
+
+@pytest.mark.parametrize("block_size", [0, -16, 1, 8, 24, 65])
+def test_bad_block_size(block_size):
+    message = refusal(make().slots_per_block, block_size)
+    assert message == f"block_size={block_size}: must be a positive multiple of 16"
+
+
+def test_block_size_whose_page_cannot_hold_a_slot():
+    settings = {"key_sparsity": 0.98, "value_sparsity": 0.98}
+    fmt = make(256, torch.float32, key_dtype="int4", value_dtype="int4", **settings)
+    assert refusal(fmt.slots_per_block, 16) == (
+        "block_size=16: a page of 16 tokens x 76 bytes cannot hold one window slot of 2056 bytes, "
+        "must be >= 32"
+    )
+    assert fmt.slots_per_block(32) == 1
+
+
+def test_sections_of_a_tile():
+    """D=64, 16 tokens; keys 30 % int4 (k=48), values 50 % fp8 (k=32)."""
+    fmt = make(64, key_sparsity=0.3, key_dtype="int4", value_dtype="fp8")
+    pages = torch.arange(2 * 3 * 16 * 74).remainder(251).to(torch.uint8).view(2, 3, 16, 74)
+    tile = pages.view(2, 3, -1)
+    offset_and_width = [(0, 8), (128, 8), (256, 24), (640, 32), (1152, 2), (1184, 0)]
+    for section, (offset, width) in zip(fmt.sections(pages), offset_and_width, strict=True):
+        assert section.shape == (2, 3, 16, width)
+        assert torch.equal(section.flatten(2), tile[..., offset : offset + 16 * width])
+        assert offset % 16 == 0
+    fmt.sections(pages).key_scales[1, 2, 15] = 255
+    assert pages[1, 2].flatten()[1182:].tolist() == [255] * 2, "sections are views"
+
+
+@pytest.mark.parametrize("head_size", VECTOR_BYTES)
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4"])
+@pytest.mark.parametrize("block_size", [16, 48, 64])
+def test_sections_are_aligned_and_fill_the_tile(head_size, codec, block_size):
+    fmt = make(head_size, key_sparsity=0.7, key_dtype=codec, value_dtype=codec)
+    pages = torch.zeros(1, 1, block_size, fmt.token_bytes, dtype=torch.uint8)
+    end = 0
+    for section in fmt.sections(pages):
+        if section.numel():
+            assert section.storage_offset() == end and end % 16 == 0
+        end += section.numel()
+    assert end == pages.numel()
+
+
+def test_sections_refuse_pages_of_another_format():
+    pages = torch.zeros(1, 1, 16, 145, dtype=torch.uint8)
+    assert refusal(make().sections, pages) == "pages hold 145 bytes a token, format has 144"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32])
+def test_window_slots(dtype):
+    fmt = make(16, dtype, key_sparsity=0.0)
+    window = torch.zeros(2, 3, 4, fmt.slot_bytes // dtype.itemsize, dtype=dtype)
+    slots = fmt.slots(window)
+    slots.key[1, 2, 3] = 1.0
+    slots.value[1, 2, 3] = 2.0
+    slots.tag[1, 2, 3] = 0x01020304
+    raw = window[1, 2, 3].view(torch.uint8)
+    size = 16 * dtype.itemsize
+    assert (raw[:size].view(dtype) == 1).all() and (raw[size : 2 * size].view(dtype) == 2).all()
+    assert raw[2 * size :].tolist() == [4, 3, 2, 1, 0, 0, 0, 0]
+    assert window.count_nonzero() - window[1, 2, 3].count_nonzero() == 0
+    assert slots.tag.shape == (2, 3, 4) and slots.tag.dtype == torch.int32
+
+
+def refusal(call, *args, **kwargs) -> str:
+    with pytest.raises(ValueError) as error:
+        call(*args, **kwargs)
+    return str(error.value)
