@@ -61,6 +61,7 @@ def measure(options: dict[str, Any], contexts: list[int], batch: int, rounds: in
             "prompt_seconds": summary(prompt_seconds),
             "decode_tokens_per_second": summary(decode_rate),
         }
+    llm.llm_engine.engine_core.shutdown()
     return result
 
 

@@ -90,8 +90,12 @@ def encode_int4(x, step, zero):
 
 @triton.jit
 def load_int4_scale(scale, visible):
-    """Step, float32, and zero, int32, of the vectors whose scales are at ``scale``; else 0."""
-    packed = tl.load(scale.to(tl.pointer_type(tl.uint16)), mask=visible, other=0).to(tl.int32)
+    """Step, float32, and zero, int32, of the scales at these pointers; 0 where not visible."""
+    scale = scale.to(tl.pointer_type(tl.uint16))
+    if visible is None:
+        packed = tl.load(scale).to(tl.int32)
+    else:
+        packed = tl.load(scale, mask=visible, other=0).to(tl.int32)
     return _float((packed >> 1) & 0x7FC0), packed & 127
 
 

@@ -163,10 +163,14 @@ def test_layer_features_are_refused(name: str, value: Any) -> None:
 def test_start_up_line() -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    config = configure(
-        dtype="bfloat16",
-        additional_config={"sparsekv": {"key_sparsity": 0.3, "value_dtype": "fp8", "window": 32}},
-    )
+    settings = {
+        "key_sparsity": 0.3,
+        "value_sparsity": 0.5,
+        "key_dtype": "auto",
+        "value_dtype": "fp8",
+        "window": 32,
+    }
+    config = configure(dtype="bfloat16", additional_config={"sparsekv": settings})
     spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.uint8)
     assert describe(config, spec) == (
         "sparsekv: keys 30.0% asked, 25.0% effective, auto; "

@@ -259,3 +259,11 @@ def test_working_memory_does_not_grow_with_the_history(monkeypatch):
     assert batch[0] == batch[1] == batch[2] <= 8 * tile
     chunk = [largest_tensor(Request(n * tokens, 64)) for n in (1, 4, 16)]
     assert chunk[0] == chunk[1] == chunk[2] <= 8 * tile
+
+
+def test_working_memory_does_not_grow_with_the_square_of_a_prompt(monkeypatch):
+    """Beside its tiles a prompt needs only tensors of the size of its queries."""
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", 1 << 16)
+    for length in (256, 1024):
+        query_bytes = length * 4 * 64 * 4
+        assert query_bytes <= largest_tensor(Request(0, length)) <= query_bytes + 8 * (1 << 16)

@@ -157,6 +157,7 @@ def test_int4_vector_that_cannot_be_stored_is_nan_throughout(bad):
     values[0, 5] = bad
     decoded = round_trip(INT4, values)
     assert decoded[0].isnan().all()
+    assert INT4.encode(values)[1][0].tolist() == [0x80, 0xFF], "step is NaN, zero is 0"
     assert (decoded[1] - 1).abs().max() <= 1 / 29
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -15,9 +16,10 @@ SETTINGS = "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dty
 
 
 def test_defaults():
-    expected = SparseKVConfig(0.5, 0.5, "auto", "auto", 64)
-    assert SparseKVConfig() == SparseKVConfig.from_dict(None) == expected
-    assert SparseKVConfig.from_dict({}) == expected
+    defaults = SparseKVConfig()
+    assert SparseKVConfig.from_dict(None) == SparseKVConfig.from_dict({}) == defaults
+    assert SparseKVConfig.from_dict({"preset": "balanced"}) == defaults
+    assert defaults.window == 64
 
 
 def test_every_field_is_settable():
@@ -32,10 +34,12 @@ def test_every_field_is_settable():
 
 
 def test_preset_is_the_start_and_single_fields_win():
-    capacity = SparseKVConfig(0.5, 0.5, "fp8", "fp8", 64)
-    assert SparseKVConfig.from_dict({"preset": "capacity"}) == capacity
-    mixed = SparseKVConfig.from_dict({"value_dtype": "auto", "preset": "capacity", "window": 7})
-    assert mixed == SparseKVConfig(0.5, 0.5, "fp8", "auto", 7)
+    settings = {"value_dtype": "auto", "preset": "capacity", "window": 7, "key_sparsity": 0.125}
+    expected = replace(
+        SparseKVConfig(**PRESETS["capacity"]), value_dtype="auto", window=7, key_sparsity=0.125
+    )
+    assert SparseKVConfig.from_dict(settings) == expected
+    assert expected != SparseKVConfig(**PRESETS["capacity"])
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -47,7 +51,7 @@ def test_presets_are_valid_and_name_what_they_set(name):
 
 @pytest.mark.parametrize("field", ["key_sparsity", "value_sparsity"])
 @pytest.mark.parametrize(
-    "value", [1, 1.0, -0.001, 1.5, math.nan, math.inf, -math.inf, "0.5", None, True, [0.5]]
+    "value", [1, 1.0, -0.001, 1.5, math.nan, math.inf, -math.inf, "0.5", None, True, False, [0.5]]
 )
 def test_bad_sparsity(field, value):
     assert refusal({field: value}) == f"sparsekv.{field}={value!r}: {SPARSITY}"

@@ -8,7 +8,12 @@ import pytest
 from engine import engine, first_logprobs, generate, metric, prose_tokens, texts
 from vllm import LLM, SamplingParams
 
-LOSSLESS = {"key_sparsity": 0, "value_sparsity": 0}
+LOSSLESS = {
+    "key_sparsity": 0,
+    "value_sparsity": 0,
+    "key_dtype": "auto",
+    "value_dtype": "auto",
+}
 BLOCK_SIZE = 64
 NUM_BLOCKS = 40
 # Small steps make prompts arrive in many chunks; few blocks make requests compete for them.

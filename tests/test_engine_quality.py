@@ -8,7 +8,13 @@ import pytest
 from engine import engine, first_logprobs, generate, kv_cache_tokens, perplexity, prose_tokens
 from vllm import LLM
 
-HALF = {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": 64}
+HALF = {
+    "key_sparsity": 0.5,
+    "value_sparsity": 0.5,
+    "key_dtype": "auto",
+    "value_dtype": "auto",
+    "window": 64,
+}
 # Steps of 64 tokens: all but the newest 64 to 128 tokens of history are read pruned.
 OPTIONS = {"dtype": "bfloat16", "max_num_batched_tokens": 64, "max_model_len": 8192}
 NUM_TOKENS = 2000

@@ -48,8 +48,12 @@ VECTOR_BYTES = {
 STORAGE = (("auto", BF16), ("fp8", BF16), ("int4", BF16), ("auto", torch.float32))
 
 
+HALF = {"key_sparsity": 0.5, "value_sparsity": 0.5, "key_dtype": "auto", "value_dtype": "auto"}
+
+
 def make(head_size=64, dtype=BF16, lookahead=0, **settings) -> SparseFormat:
-    return SparseFormat.from_config(SparseKVConfig(**settings), head_size, dtype, lookahead)
+    config = SparseKVConfig(**HALF | settings)
+    return SparseFormat.from_config(config, head_size, dtype, lookahead)
 
 
 @pytest.mark.parametrize("head_size", VECTOR_BYTES)
@@ -81,7 +85,7 @@ def test_survivors_round_up_to_a_multiple_of_4(sparsity, survivors):
     assert make(64, key_sparsity=sparsity).key.survivors == survivors
 
 
-# The window of 64 tokens unless said. (settings, head_size, dtype, block_size, r, m)
+# 50 %, auto and a window of 64 tokens unless said. (settings, head_size, dtype, block_size, r, m)
 RINGS = [
     ({}, 64, BF16, 64, 32, 2),
     ({}, 64, torch.float32, 64, 32, 2),

@@ -11,16 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracle import pruned
 from ragged import RAGGED_MATRIX
+
+from vllm_sparsekv.codecs import CODECS, AutoCodec
+from vllm_sparsekv.config import SparseKVConfig
+from vllm_sparsekv.format import SparseFormat, VectorFormat
 from vllm_sparsekv.kernels.pack.reference import (
     pack,
     pack_vectors,
     survivor_mask,
     unpack_vectors,
 )
-
-from vllm_sparsekv.codecs import CODECS, AutoCodec
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat, VectorFormat
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -156,15 +156,15 @@ def test_step_slots_and_padding():
     key = torch.arange(1, 5 * 2 * 16 + 1).float().view(5, 2, 16)
     key[[1, 4]] = torch.nan
     pages = torch.full((3, 2, 16, fmt.token_bytes), 0xFF, dtype=torch.uint8)
-    pack(key, key / 8, torch.tensor([37, -1, 2, 16]), pages, fmt)
+    pack(key, key / 8, torch.tensor([37, -1, 0, 16]), pages, fmt)
     sections = fmt.sections(pages)
-    for token, block, offset in ((0, 2, 5), (2, 0, 2), (3, 1, 0)):
+    for token, block, offset in ((0, 2, 5), (2, 0, 0), (3, 1, 0)):
         stored = [section[block, :, offset] for section in sections[0::2]]
         expected = key[token] * (torch.arange(16) >= 8)
         assert torch.equal(unpack_vectors(*stored, fmt.key), expected)
     written = (sections.key_bitmap != 0xFF).any(-1)
     assert written.nonzero().tolist() == [
-        [0, 0, 2], [0, 1, 2], [1, 0, 0], [1, 1, 0], [2, 0, 5], [2, 1, 5]
+        [0, 0, 0], [0, 1, 0], [1, 0, 0], [1, 1, 0], [2, 0, 5], [2, 1, 5]
     ]  # fmt: skip
 
 

@@ -20,7 +20,14 @@ from engine import MODEL
 from openai import OpenAI
 
 START_SECONDS = 300
-SETTINGS = {"sparsekv": {"key_sparsity": 0.5, "value_sparsity": 0.5}}
+SETTINGS = {
+    "sparsekv": {
+        "key_sparsity": 0.5,
+        "value_sparsity": 0.5,
+        "key_dtype": "auto",
+        "value_dtype": "auto",
+    }
+}
 
 
 class Server(NamedTuple):

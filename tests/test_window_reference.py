@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import REFERENCE, Ops, assert_same_bytes
+from helpers import REFERENCE, Ops, assert_same_bytes, build_case
 from oracle import as_read, dense_attention
-from vllm_sparsekv.kernels.window.reference import write_window
+from ragged import RAGGED_MATRIX
 
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.window.reference import write_window
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -141,6 +142,27 @@ def test_no_requests(keys):
     table = torch.empty(0, 3, dtype=torch.int32)
     write_window(none, none, window, torch.zeros(1).int(), empty, empty.long(), table, fmt)
     assert_same_bytes(window, empty_ring(fmt, 8))
+
+
+@pytest.mark.parametrize("spec", [spec for spec in RAGGED_MATRIX if spec.window], ids=str)
+def test_a_step_of_the_ragged_matrix(spec):
+    """The step's newest tokens replace what their slots held; all other slots stay as they were."""
+    case = build_case(spec)
+    before = case.window.clone()
+    case.write_step()
+    slots, r = case.fmt.slots(case.window), case.window.shape[2]
+    ring = case.window_block_table.shape[1] * r
+    written = torch.zeros(case.window.shape[:1] + (r,), dtype=torch.bool)
+    for row, (context, query, _) in enumerate(spec.requests):
+        position = torch.arange(max(context, context + query - ring), context + query)
+        block = case.window_block_table[row, position % ring // r].long()
+        slot = position % ring % r
+        written[block, slot] = True
+        assert torch.equal(slots.key[block, :, slot], case.keys[row][position])
+        assert torch.equal(slots.value[block, :, slot], case.values[row][position])
+        assert (slots.tag[block, :, slot] == position[:, None] + 1).all()
+    untouched = ~written[:, None].expand(case.window.shape[:3])
+    assert_same_bytes(case.window[untouched], before[untouched])
 
 
 class Engine:

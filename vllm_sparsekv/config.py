@@ -11,13 +11,25 @@ from typing import Any
 from vllm_sparsekv.codecs import CODECS
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "quality": {"key_sparsity": 0.3, "value_sparsity": 0.3, "window": 128},
-    "balanced": {"key_sparsity": 0.5, "value_sparsity": 0.5, "window": 64},
+    "quality": {
+        "key_sparsity": 0.25,
+        "value_sparsity": 0.375,
+        "key_dtype": "int4",
+        "value_dtype": "int4",
+        "window": 128,
+    },
+    "balanced": {
+        "key_sparsity": 0.375,
+        "value_sparsity": 0.375,
+        "key_dtype": "int4",
+        "value_dtype": "int4",
+        "window": 64,
+    },
     "capacity": {
         "key_sparsity": 0.5,
         "value_sparsity": 0.5,
-        "key_dtype": "fp8",
-        "value_dtype": "fp8",
+        "key_dtype": "int4",
+        "value_dtype": "int4",
         "window": 64,
     },
 }
@@ -25,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class SparseKVConfig:
-    """Validated settings.
+    """Validated settings; the defaults are those of the preset ``balanced``.
 
     Attributes:
         key_sparsity: share of each key vector that is dropped, 0 <= s < 1.
@@ -35,10 +47,10 @@ class SparseKVConfig:
         window: newest tokens of a request that stay dense, >= 0.
     """
 
-    key_sparsity: float = 0.5
-    value_sparsity: float = 0.5
-    key_dtype: str = "auto"
-    value_dtype: str = "auto"
+    key_sparsity: float = 0.375
+    value_sparsity: float = 0.375
+    key_dtype: str = "int4"
+    value_dtype: str = "int4"
     window: int = 64
 
     def __post_init__(self) -> None:

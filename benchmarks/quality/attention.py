@@ -1,9 +1,10 @@
 """The attention rule of the sparse cache at every position of a text, in one forward pass.
 
-The rule is that of ``kernels/attention/reference.py``: a query at position t in a step that starts
-at c reads positions j >= c - window dense and all earlier ones as the cache returns them. Here every
-position is a query and steps are ``chunk`` tokens long, so c = t // chunk * chunk; ``chunk=1`` is
-decoding token by token, the hardest case, and ``chunk=n`` a prompt processed n tokens at a time.
+The rule is that of ``kernels/attention/reference.py``: a query at position t in a step that
+starts at c reads positions j >= c - window dense and all earlier ones as the cache returns them.
+Here every position is a query and steps are ``chunk`` tokens long, so c = t // chunk * chunk;
+``chunk=1`` is decoding token by token, the hardest case, and ``chunk=n`` a prompt processed n
+tokens at a time.
 """
 
 from __future__ import annotations

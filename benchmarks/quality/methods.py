@@ -7,8 +7,9 @@ its paper or from vLLM's description of the format; ours goes through the projec
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from typing import Any
 
 import torch
 
@@ -30,6 +31,7 @@ class Method:
         vector_bytes: bytes of one key plus one value vector of one KV head.
         window: newest tokens that stay dense.
         evaluation_only: true where the method cannot serve (it looks at the whole prompt).
+        settings: the user's settings where the method is ours.
     """
 
     key: Callable[[Vectors, torch.Tensor], Vectors]
@@ -37,6 +39,7 @@ class Method:
     vector_bytes: float
     window: int
     evaluation_only: bool = False
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def token_bytes(self, dense_bytes: int, context: int) -> float:
         """Bytes a token and KV head, the window's bytes spread over ``context`` tokens.
@@ -45,9 +48,11 @@ class Method:
             dense_bytes: one key plus one value vector, unpruned.
             context: tokens of the request.
         """
-        if self.vector_bytes == dense_bytes:
-            return dense_bytes
         return self.vector_bytes + self.window * (dense_bytes + TAG_BYTES) / context
+
+
+DENSE = Method(lambda key, query: key.float(), torch.Tensor.float, 0, 0)
+"""What every method is compared with."""
 
 
 def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method:
@@ -62,6 +67,7 @@ def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method
         value=partial(stored, fmt.value),
         vector_bytes=fmt.token_bytes,
         window=config.window,
+        settings=asdict(config),
     )
 
 
@@ -103,9 +109,7 @@ def hadamard(size: int) -> torch.Tensor:
         raise ValueError(f"head_size={size}: a Hadamard rotation needs a power of two")
     matrix = torch.ones(1, 1)
     while matrix.shape[0] < size:
-        matrix = torch.cat(
-            [torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]
-        )
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
     return signs.unsqueeze(1) * matrix / size**0.5
 
@@ -174,16 +178,25 @@ def build_methods(head_size: int, dtype: torch.dtype, window: int = 64) -> dict[
         for percent in (50, 70)
     }
     return {
-        "dense": Method(lambda key, query: key.float(), torch.Tensor.float, dense_bytes, 0),
+        "dense": replace(DENSE, vector_bytes=dense_bytes),
         "fp8": quantised(_fp8, 8, 0),
         "int8-token-head": quantised(_int8, 8, 4),
         "int4-token-head": quantised(partial(_rotated, partial(_min_max, bits=4)), 4, 4),
         "int4-plain": quantised(partial(_min_max, bits=4), 4, 4),
         "turboquant-4": quantised(partial(_turboquant, bits=4), 4, 2),
         "turboquant-3": quantised(partial(_turboquant, bits=3), 3, 2),
+        "turboquant-k4v3": Method(
+            lambda key, query: _turboquant(key, 4),
+            partial(_turboquant, bits=3),
+            head_size * 7 / 8 + 4,
+            window,
+        ),
         "think-50": Method(
-            partial(_think, kept=half), torch.Tensor.float,
-            (half + head_size) * dtype.itemsize, 32, evaluation_only=True,
+            partial(_think, kept=half),
+            torch.Tensor.float,
+            (half + head_size) * dtype.itemsize,
+            32,
+            evaluation_only=True,
         ),
         **mustafar,
         **{

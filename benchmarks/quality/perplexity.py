@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from quality.attention import RuleModel
-from quality.methods import Method
+from quality.methods import DENSE
 
 TILE = 256
 """Positions whose logits are held at once."""
@@ -32,14 +32,14 @@ def token_samples(tokenizer, path: Path, count: int, length: int, window: int) -
 
 @torch.inference_mode()
 def compare(
-    model: RuleModel, tokens: torch.Tensor, reference: torch.Tensor, hidden: torch.Tensor
+    model: RuleModel, tokens: torch.Tensor, dense: torch.Tensor, hidden: torch.Tensor
 ) -> dict[str, float]:
     """Sums over the predicted positions of one sample.
 
     Args:
         tokens: (n,) int64.
-        reference: (n, hidden size) of the dense cache.
-        hidden: (n, hidden size) of the cache under test.
+        dense: (n, vocabulary) float32, log-probabilities with the dense cache.
+        hidden: (n, hidden size) with the cache under test.
 
     Returns:
         tokens, nll and dense_nll (nats), kl (nats, dense to tested), top1 (agreements).
@@ -48,13 +48,19 @@ def compare(
     for start in range(0, len(tokens) - 1, TILE):
         stop = min(start + TILE, len(tokens) - 1)
         target = tokens[start + 1 : stop + 1, None]
-        dense = model.logits(reference[start:stop]).log_softmax(-1)
+        expected = dense[start:stop]
         tested = model.logits(hidden[start:stop]).log_softmax(-1)
-        sums["dense_nll"] -= dense.gather(1, target).double().sum().item()
+        sums["dense_nll"] -= expected.gather(1, target).double().sum().item()
         sums["nll"] -= tested.gather(1, target).double().sum().item()
-        sums["top1"] += int((dense.argmax(-1) == tested.argmax(-1)).sum())
-        sums["kl"] += (dense.exp() * (dense - tested)).double().sum().item()
+        sums["top1"] += int((expected.argmax(-1) == tested.argmax(-1)).sum())
+        sums["kl"] += (expected.exp() * (expected - tested)).sum(-1).double().sum().item()
     return sums
+
+
+def dense_log_probabilities(model: RuleModel, tokens: torch.Tensor) -> torch.Tensor:
+    """(n,) int64 -> (n, vocabulary) float32 with the dense cache."""
+    hidden = model.hidden(tokens, DENSE)
+    return torch.cat([model.logits(tile).log_softmax(-1) for tile in hidden.split(TILE)])
 
 
 def summary(samples: Iterable[dict[str, float]]) -> dict[str, float]:
@@ -69,12 +75,3 @@ def summary(samples: Iterable[dict[str, float]]) -> dict[str, float]:
         "kl": total["kl"] / count,
         "top1": total["top1"] / count,
     }
-
-
-def evaluate(model: RuleModel, tokens: torch.Tensor, methods: dict[str, Method], chunk: int = 1):
-    """Yield (name, sums) of each method on one sample; the dense pass is shared."""
-    dense = Method(lambda key, query: key.float(), torch.Tensor.float, 0, 0)
-    reference = model.hidden(tokens, dense, chunk)
-    for name, method in methods.items():
-        hidden = model.hidden(tokens, method, chunk)
-        yield name, compare(model, tokens, reference, hidden)

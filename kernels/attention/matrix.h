@@ -51,13 +51,22 @@ inline void product(
                         accumulate);
 }
 
-// n vectors to dense rows of head_size floats.
-inline void expand_rows(const Vectors& x, int n, int head_size, float* out) {
+// n vectors to dense rows of head_size floats, less the factor expand_unit().
+template <int STORAGE>
+void expand_rows(const Vectors& x, int n, int head_size, float* out) {
     for (int i = 0; i < n; ++i) {
-        const float* values = x.values + int64_t(i) * x.stride;
-        const uint8_t* bitmap = x.bitmap + i * (head_size / 8);
-        for (int d = 0; d < head_size; d += LANES)
-            store(out + i * head_size + d, next_lanes<true>(values, bitmap));
+        Walk<STORAGE> walk(x.values + i * x.stride, x.bitmap + i * (head_size / 8), x.scales + i);
+        for (int d = 0; d < head_size; d += LANES) store(out + i * head_size + d, walk.next());
+    }
+}
+
+inline void expand_rows(int storage, const Vectors& x, int n, int head_size, float* out) {
+    switch (storage) {
+        case FLOAT32: return expand_rows<FLOAT32>(x, n, head_size, out);
+        case BFLOAT16: return expand_rows<BFLOAT16>(x, n, head_size, out);
+        case FLOAT16: return expand_rows<FLOAT16>(x, n, head_size, out);
+        case FP8: return expand_rows<FP8>(x, n, head_size, out);
+        default: return expand_rows<INT4>(x, n, head_size, out);
     }
 }
 

@@ -166,12 +166,11 @@ def _attend_pages(
         sections = fmt.sections(pages.index_select(0, blocks.flatten()))
         # Blocks (R * n, H, N, ...) to one run of tokens (R, H, n * N, ...).
         tile = [s.unflatten(0, blocks.shape).transpose(1, 2).flatten(2, 3) for s in sections]
-        hidden = ~stored.unsqueeze(-1)
-        softmax.add(
-            unpack_vectors(*tile[0::2], fmt.key).masked_fill(hidden, 0),
-            unpack_vectors(*tile[1::2], fmt.value).masked_fill(hidden, 0),
-            stored.unsqueeze(2),
-        )
+        # Whatever lies in memory no token was written to unpacks to zeros.
+        tile = [section.masked_fill(~stored.unsqueeze(-1), 0) for section in tile]
+        key = unpack_vectors(*tile[0::2], fmt.key)
+        value = unpack_vectors(*tile[1::2], fmt.value)
+        softmax.add(key, value, stored.unsqueeze(2))
 
 
 def _attend_step(softmax: _OnlineSoftmax, key: torch.Tensor, value: torch.Tensor) -> None:

@@ -1,108 +1,143 @@
-// Scores and weighted sums of up to 8 query rows against a batch of keys or values: each vector is
-// expanded once in registers and serves all rows.
+// Scores and weighted sums of a few query rows against a batch of keys or values: each vector is
+// expanded once in registers and serves all of them.
 #pragma once
 
-#include "../cpu/simd.h"
+#include "../cpu/expand.h"
 
 namespace sparsekv {
 
-constexpr int BATCH = 64;    // keys processed together
-constexpr int MAX_ROWS = 8;  // rows the functions of this file take
+constexpr int BATCH = 64;     // keys processed together
+constexpr int ROW_BLOCK = 4;  // rows the functions of this file take at most
+constexpr int OVERREAD = 64;  // bytes that expand() may read past the last survivor
 
-// n vectors as float32: survivors with a bitmap, or whole rows without one.
+constexpr int DENSE = -1;  // float32 rows without a bitmap, beside the numbers of Storage
+
+// A batch of keys or values in working memory. All BATCH entries are readable, whatever they hold,
+// and so are OVERREAD bytes past a vector that takes all of its elements.
 struct Vectors {
-    const float* values;    // n * stride, and LANES readable floats more
-    const uint8_t* bitmap;  // n * head_size / 8, or nullptr
-    int stride;
+    const uint8_t* values;    // `stride` bytes each
+    const uint8_t* bitmap;    // head_size / 8 bytes each, unless DENSE
+    const Int4Scale* scales;  // if INT4
+    int64_t stride;
 };
 
-template <bool SPARSE>
-inline F next_lanes(const float*& values, const uint8_t*& bitmap) {
-    if constexpr (!SPARSE) {
-        const F x = load(values);
-        values += LANES;
-        return x;
-    } else {
-        const Bits bits = load_bits(bitmap);
-        const F x = expand(values, bits);
-        values += count_bits(bits);
-        bitmap += sizeof(Bits);
-        return x;
-    }
-}
+// Walks one vector, LANES elements at a time.
+template <int STORAGE>
+struct Walk {
+    const uint8_t *values, *bitmap;
+    F low, step;
 
-// scores[row][i] = query[row] . key[i]; columns n up to the next multiple of 4 hold junk.
-template <int ROWS, bool SPARSE>
+    Walk() = default;
+    Walk(const uint8_t* values, const uint8_t* bitmap, const Int4Scale* scale) : values(values), bitmap(bitmap) {
+        if constexpr (STORAGE == INT4) {
+            low = broadcast(scale->low);
+            step = broadcast(scale->step);
+        }
+    }
+
+    F next() {
+        if constexpr (STORAGE == DENSE) {
+            const F x = load(reinterpret_cast<const float*>(values));
+            values += sizeof(F);
+            return x;
+        } else {
+            const uint64_t bits = load_bits(bitmap);
+            const F x = expand<STORAGE>(values, bits, low, step);
+            values += survivor_bytes(STORAGE) * uint64_t(static_cast<unsigned>(__builtin_popcount(bits)));
+            bitmap += sizeof(Bits);
+            return x;
+        }
+    }
+};
+
+// scores[row * BATCH + i] = query[row] . key[i]; columns n up to a multiple of 4 hold junk.
+template <int STORAGE, int ROWS>
 void score_rows(const float* query, const Vectors& key, int n, int head_size, float* scores) {
+    constexpr int TOGETHER = ROWS <= 3 ? 4 : 2;  // keys that share a load of the query
+    const uint8_t *values = key.values, *bitmap = key.bitmap;
     for (int i = 0; i < n; i += 4) {
         F partial[4][ROWS];
-        for (int j = 0; j < 4; ++j) {
-            const int column = i + j < n ? i + j : n - 1;
-            const float* values = key.values + int64_t(column) * key.stride;
-            const uint8_t* bitmap = SPARSE ? key.bitmap + column * (head_size / 8) : nullptr;
-            F sums[ROWS] = {};
-#pragma GCC unroll 2
-            for (int d = 0; d < head_size; d += LANES) {
-                const F x = next_lanes<SPARSE>(values, bitmap);
-                for (int row = 0; row < ROWS; ++row) sums[row] += x * load(query + row * head_size + d);
+        for (int first = 0; first < 4; first += TOGETHER) {
+            Walk<STORAGE> walk[TOGETHER];
+            for (int j = 0; j < TOGETHER; ++j) {
+                walk[j] = Walk<STORAGE>(values, bitmap, key.scales + i + first + j);
+                values += key.stride;
+                bitmap += unsigned(head_size) / 8;
             }
-            for (int row = 0; row < ROWS; ++row) partial[j][row] = sums[row];
+            F sums[TOGETHER][ROWS] = {};
+            const float* q = query;
+#pragma GCC unroll 2
+            for (int d = 0; d < head_size; d += LANES, q += LANES) {
+                F x[TOGETHER];
+                for (int j = 0; j < TOGETHER; ++j) x[j] = walk[j].next();
+                for (int row = 0; row < ROWS; ++row)
+                    for (int j = 0; j < TOGETHER; ++j) sums[j][row] += x[j] * load(q + row * head_size);
+            }
+            for (int j = 0; j < TOGETHER; ++j)
+                for (int row = 0; row < ROWS; ++row) partial[first + j][row] = sums[j][row];
         }
         for (int row = 0; row < ROWS; ++row) sum4(&partial[0][row], ROWS, scores + row * BATCH + i);
     }
 }
 
-// out[row] += sum_i weights[row][i] * value[i] for WIDTH vectors of lanes starting at element d.
-template <int ROWS, int WIDTH, bool SPARSE>
+// out[row] += sum_i weights[row][i] * value[i] for WIDTH registers of elements starting at d.
+// begin[i] is where the values of vector i from d on lie, and is moved on.
+template <int STORAGE, int ROWS, int WIDTH>
 inline void weigh_columns(
-    const float* weights, const Vectors& value, int n, int head_size, int d, int32_t* cursor, float* out) {
+    const float* weights, const Vectors& value, int n, int head_size, int d, const uint8_t** begin, float* out) {
     F sums[ROWS][WIDTH];
     for (int row = 0; row < ROWS; ++row)
         for (int w = 0; w < WIDTH; ++w) sums[row][w] = load(out + row * head_size + d + w * LANES);
-    for (int i = 0; i < n; ++i) {
-        const float* values = value.values + (SPARSE ? cursor[i] : i * value.stride + d);
-        const uint8_t* bitmap = SPARSE ? value.bitmap + i * (head_size / 8) + d / 8 : nullptr;
+    const uint8_t* bitmap = value.bitmap + d / 8;
+    for (int i = 0; i < n; ++i, bitmap += unsigned(head_size) / 8) {
+        Walk<STORAGE> walk(begin[i], bitmap, value.scales + i);
+        F weight[ROWS];
+        for (int row = 0; row < ROWS; ++row) weight[row] = broadcast(weights[row * BATCH + i]);
         for (int w = 0; w < WIDTH; ++w) {
-            const F x = next_lanes<SPARSE>(values, bitmap);
-            for (int row = 0; row < ROWS; ++row)
-                sums[row][w] += x * broadcast(weights[row * BATCH + i]);
+            const F x = walk.next();
+            for (int row = 0; row < ROWS; ++row) sums[row][w] += x * weight[row];
         }
-        if (SPARSE) cursor[i] = static_cast<int32_t>(values - value.values);
+        begin[i] = walk.values;
     }
     for (int row = 0; row < ROWS; ++row)
         for (int w = 0; w < WIDTH; ++w) store(out + row * head_size + d + w * LANES, sums[row][w]);
 }
 
-// out[row] += sum_i weights[row][i] * value[i], row by row of head_size floats.
-template <int ROWS, bool SPARSE>
+// out[row] += sum_i weights[row * BATCH + i] * value[i], rows of head_size floats.
+template <int STORAGE, int ROWS>
 void weigh_rows(const float* weights, const Vectors& value, int n, int head_size, float* out) {
-    constexpr int WIDTH = ROWS == 1 ? 8 : ROWS <= 3 ? 4 : ROWS <= 5 ? 2 : 1;  // sums fit registers
-    int32_t cursor[BATCH];
-    for (int i = 0; i < n; ++i) cursor[i] = i * value.stride;
+    constexpr int WIDTH = ROWS == 1 ? 8 : ROWS == 2 ? 4 : ROWS == 3 ? 3 : 2;  // the sums fit registers
+    const uint8_t* begin[BATCH];
+    for (int i = 0; i < n; ++i) begin[i] = value.values + i * value.stride;
     int d = 0;
     for (; d + WIDTH * LANES <= head_size; d += WIDTH * LANES)
-        weigh_columns<ROWS, WIDTH, SPARSE>(weights, value, n, head_size, d, cursor, out);
+        weigh_columns<STORAGE, ROWS, WIDTH>(weights, value, n, head_size, d, begin, out);
+    for (; d + 2 * LANES <= head_size; d += 2 * LANES)
+        weigh_columns<STORAGE, ROWS, 2>(weights, value, n, head_size, d, begin, out);
     for (; d < head_size; d += LANES)
-        weigh_columns<ROWS, 1, SPARSE>(weights, value, n, head_size, d, cursor, out);
+        weigh_columns<STORAGE, ROWS, 1>(weights, value, n, head_size, d, begin, out);
 }
 
-using ScoreRows = void (*)(const float*, const Vectors&, int, int, float*);
-using WeighRows = void (*)(const float*, const Vectors&, int, int, float*);
+using RowKernel = void (*)(const float*, const Vectors&, int, int, float*);
 
-struct RowKernels {
-    ScoreRows score;
-    WeighRows weigh;
-};
-
-template <bool SPARSE>
-inline RowKernels row_kernels(int rows) {
-#define SPARSEKV_ROWS(n) RowKernels{score_rows<n, SPARSE>, weigh_rows<n, SPARSE>}
-    static constexpr RowKernels TABLE[MAX_ROWS] = {
-        SPARSEKV_ROWS(1), SPARSEKV_ROWS(2), SPARSEKV_ROWS(3), SPARSEKV_ROWS(4),
-        SPARSEKV_ROWS(5), SPARSEKV_ROWS(6), SPARSEKV_ROWS(7), SPARSEKV_ROWS(8),
-    };
+// The function for a storage and 1 to ROW_BLOCK rows.
+#define SPARSEKV_ROWS(function, storage) \
+    { function<storage, 1>, function<storage, 2>, function<storage, 3>, function<storage, 4> }
+#define SPARSEKV_STORAGES(function)                                                                    \
+    {                                                                                                  \
+        SPARSEKV_ROWS(function, DENSE), SPARSEKV_ROWS(function, FLOAT32),                              \
+            SPARSEKV_ROWS(function, BFLOAT16), SPARSEKV_ROWS(function, FLOAT16),                       \
+            SPARSEKV_ROWS(function, FP8), SPARSEKV_ROWS(function, INT4)                                \
+    }
+inline RowKernel score_kernel(int storage, int rows) {
+    static constexpr RowKernel TABLE[6][ROW_BLOCK] = SPARSEKV_STORAGES(score_rows);
+    return TABLE[storage + 1][rows - 1];
+}
+inline RowKernel weigh_kernel(int storage, int rows) {
+    static constexpr RowKernel TABLE[6][ROW_BLOCK] = SPARSEKV_STORAGES(weigh_rows);
+    return TABLE[storage + 1][rows - 1];
+}
+#undef SPARSEKV_STORAGES
 #undef SPARSEKV_ROWS
-    return TABLE[rows - 1];
-}
 
 }  // namespace sparsekv

@@ -26,20 +26,21 @@ struct Accumulator {
         memset(weighted, 0, sizeof(float) * rows * head_size);
     }
 
-    // Scores of a row's first `visible` keys to weights, in place; the padding up to a multiple
-    // of LANES becomes 0, and so do the n - visible others.
-    void weigh(float* scores, int row, int visible, int n, int head_size) {
+    // Scores of a row's first `visible` keys to weights, in place; those of the n - visible others
+    // and of the padding up to a multiple of LANES become 0. Scores count in score_unit, weights in
+    // weight_unit.
+    void weigh(float* scores, int row, int visible, int n, int head_size, float score_unit, float weight_unit) {
         const int padded = round_up(n, LANES);
         for (int i = visible; i < padded; ++i) scores[i] = -INFINITY;
-        F largest_score = load(scores);
-        for (int i = LANES; i < padded; i += LANES) largest_score = max(load(scores + i), largest_score);
-        const float seen = largest(largest_score);
+        F greatest = load(scores);
+        for (int i = LANES; i < padded; i += LANES) greatest = max(load(scores + i), greatest);
+        const float seen = largest(greatest) * score_unit;
         if (!(seen <= maximum[row])) rescale(row, seen, head_size);
         const float shift = maximum[row] == -INFINITY ? 0.f : maximum[row];
         F sums{};
         for (int i = 0; i < padded; i += LANES) {
-            const F w = exp2(load(scores + i) - shift);
-            store(scores + i, w);
+            const F w = exp2(load(scores + i) * score_unit - shift);
+            store(scores + i, w * weight_unit);
             sums += w;
         }
         total[row] += sum(sums);

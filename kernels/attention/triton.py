@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparsekv.format import SparseFormat
-from vllm_sparsekv.kernels.attention.unpack import unpack_tile
+from vllm_sparsekv.kernels.attention.unpack import INT4_STEP, INT4_ZERO, unpack_tile
 from vllm_sparsekv.kernels.triton import AUTO, INT4, find_request, vector_constants
 
 LOG2_E = 1.4426950408889634
@@ -66,8 +66,10 @@ def sparse_attention(
             splits; allocated here when None.
 
     Raises:
-        ValueError: the workspace is too small.
+        ValueError: the workspace is too small or the scale not positive.
     """
+    if not scale > 0:
+        raise ValueError(f"scale={scale}: must be positive")
     num_tokens, num_heads, size = query.shape
     num_reqs, num_kv_heads = seq_lens.shape[0], key.shape[1]
     if num_tokens == 0 or num_reqs == 0:
@@ -211,6 +213,7 @@ def attend_constants(
         **vector_constants("V", fmt.value),
         "WORDS": capability >= 80 and fmt.dtype.itemsize == 2 and fmt.head_size % 32 == 0,
         "CONVERTS_FP8": capability >= 89,
+        "STAGES": 1,
     }
 
 
@@ -271,6 +274,7 @@ def _attend(
     V_CODEC: tl.constexpr,
     WORDS: tl.constexpr,
     CONVERTS_FP8: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
     tile_index = tl.program_id(0)
@@ -300,19 +304,27 @@ def _attend(
         other=0,
     )
 
+    K_VALUES_AT: tl.constexpr = BLOCK_SIZE * 2 * (D // 8)
+    V_VALUES_AT: tl.constexpr = K_VALUES_AT + BLOCK_SIZE * K_VALUE_BYTES
+    K_SCALES_AT: tl.constexpr = V_VALUES_AT + BLOCK_SIZE * V_VALUE_BYTES
+    V_SCALES_AT: tl.constexpr = K_SCALES_AT + BLOCK_SIZE * K_SCALE_BYTES
     # The words of quantised codecs unpack to float16, whatever the model dtype.
     K_DTYPE: tl.constexpr = q.dtype if K_CODEC == AUTO or not WORDS else tl.float16
     V_DTYPE: tl.constexpr = q.dtype if V_CODEC == AUTO or not WORDS else tl.float16
     k_query = q
-    k_scale = scale
+    k_scale = tl.full([ROWS], 1.0, tl.float32) * scale
     if K_DTYPE != q.dtype:
         k_query, row_scale = _in_float16(q)
-        k_scale = (row_scale * scale)[:, None]
+        k_scale *= row_scale
     if K_CODEC == INT4 and WORDS:
-        query_sum = tl.sum(k_query.to(tl.float32), axis=1)
+        query_sum = tl.sum(k_query.to(tl.float32), axis=1) * INT4_ZERO
+        k_scale *= INT4_STEP
 
+    # Sums over tokens stay apart by their place in the tile until all tiles are done.
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    totals = tl.zeros([ROWS, TILE], tl.float32)
+    zeros = tl.zeros([ROWS, TILE], tl.float32)
+    largest = 1e-30
     weighted = tl.zeros([ROWS, PADDED], tl.float32)
 
     # The ring's tags decide which of the last WINDOW tokens of the history it replaces.
@@ -326,63 +338,82 @@ def _attend(
     tile_start = split * share
     tile_end = tl.minimum(tile_start + share, num_tiles)
     whole_end = tl.minimum(tl.maximum(context - WINDOW, 0) // TILE, tile_end)
-    for tile in tl.range(tile_start, tile_end):
-        position = tile * TILE + tl.arange(0, TILE)
-        visible = position < context
-        if WINDOW > 0 and tile >= whole_end:
-            place = position % ring
-            block = tl.load(
-                window_block_table + place // SLOTS_PER_BLOCK, mask=visible, other=0
-            ).to(tl.int64)
-            slot = place % SLOTS_PER_BLOCK
-            tag = tl.load(
-                tags + block * tag_block_stride + slot * tag_slot_stride, mask=visible, other=0
+    for masked in tl.static_range(2):
+        # Whole tiles first, then those that the window or the end of the history cuts into.
+        loop_start = tl.maximum(tile_start, whole_end) if masked else tile_start
+        loop_end = tile_end if masked else whole_end
+        for tile in tl.range(loop_start, loop_end, num_stages=STAGES):
+            position = tile * TILE + tl.arange(0, TILE)
+            visible = None
+            if masked:
+                visible = position < context
+                if WINDOW > 0:
+                    place = position % ring
+                    block = tl.load(
+                        window_block_table + place // SLOTS_PER_BLOCK, mask=visible, other=0
+                    ).to(tl.int64)
+                    slot = (place % SLOTS_PER_BLOCK) * tag_slot_stride
+                    tag = tl.load(tags + block * tag_block_stride + slot, mask=visible, other=0)
+                    visible &= (tag != position + 1) | (position < context - WINDOW)
+            if BLOCK_SIZE % TILE == 0:
+                block = tl.load(block_table + tile * TILE // BLOCK_SIZE)
+                offset = tile * TILE % BLOCK_SIZE + tl.arange(0, TILE)
+            else:
+                inside_table = position < context
+                block = tl.load(block_table + position // BLOCK_SIZE, mask=inside_table, other=0)
+                offset = position % BLOCK_SIZE
+            page = pages + block.to(tl.int64) * page_block_stride
+            k, k_step, k_zero = unpack_tile(
+                page + offset * (D // 8),
+                page + (K_VALUES_AT + offset * K_VALUE_BYTES),
+                page + (K_SCALES_AT + offset * K_SCALE_BYTES),
+                visible,
+                D,
+                PADDED,
+                K_CODEC,
+                K_DTYPE,
+                WORDS,
+                False,
+                CONVERTS_FP8,
             )
-            visible &= (tag != position + 1) | (position < context - WINDOW)
-        block = tl.load(block_table + position // BLOCK_SIZE, mask=visible, other=0)
-        offset = position % BLOCK_SIZE
-        tile_at = block.to(tl.int64) * page_block_stride
-        values_at = tile_at + BLOCK_SIZE * 2 * (D // 8)
-        scale_at = values_at + BLOCK_SIZE * (K_VALUE_BYTES + V_VALUE_BYTES)
-        k, k_step, k_zero = unpack_tile(
-            pages,
-            tile_at + offset * (D // 8),
-            values_at + offset * K_VALUE_BYTES,
-            scale_at + offset * K_SCALE_BYTES,
-            visible,
-            D,
-            PADDED,
-            K_CODEC,
-            K_DTYPE,
-            WORDS,
-            False,
-            CONVERTS_FP8,
-        )
-        scores = tl.dot(k_query, tl.trans(k), input_precision="ieee")
-        if K_CODEC == INT4 and WORDS:
-            scores = (scores - query_sum[:, None] * k_zero[None, :]) * k_step[None, :]
-        scores *= k_scale
-        scores = tl.where(visible[None, :], scores, float("-inf"))
-        v, v_step, v_zero = unpack_tile(
-            pages,
-            tile_at + (BLOCK_SIZE + offset) * (D // 8),
-            values_at + BLOCK_SIZE * K_VALUE_BYTES + offset * V_VALUE_BYTES,
-            scale_at + BLOCK_SIZE * K_SCALE_BYTES + offset * V_SCALE_BYTES,
-            visible,
-            D,
-            PADDED,
-            V_CODEC,
-            V_DTYPE,
-            WORDS,
-            K_SCALE_BYTES + V_SCALE_BYTES == 0,
-            CONVERTS_FP8,
-        )
-        if V_CODEC == INT4 and WORDS:
-            maximum, total, weighted = _fold(
-                maximum, total, weighted, scores, v, v_step, v_zero
+            scores = tl.dot(k_query, tl.trans(k), input_precision="ieee")
+            if K_CODEC == INT4 and WORDS:
+                scores = (scores - query_sum[:, None] * k_zero[None, :]) * k_step[None, :]
+            if masked:
+                scores = tl.where(visible[None, :], scores, float("-inf"))
+            v, v_step, v_zero = unpack_tile(
+                page + (BLOCK_SIZE + offset) * (D // 8),
+                page + (V_VALUES_AT + offset * V_VALUE_BYTES),
+                page + (V_SCALES_AT + offset * V_SCALE_BYTES),
+                visible,
+                D,
+                PADDED,
+                V_CODEC,
+                V_DTYPE,
+                WORDS,
+                K_SCALE_BYTES + V_SCALE_BYTES == 0,
+                CONVERTS_FP8,
             )
-        else:
-            maximum, total, weighted = _fold(maximum, total, weighted, scores, v, None, None)
+            raised = tl.maximum(maximum, tl.max(scores, axis=1) * k_scale)
+            shift = tl.where(raised == float("-inf"), 0.0, raised) if masked else raised
+            weights = tl.exp2(scores * k_scale[:, None] - shift[:, None])
+            correction = tl.exp2(maximum - shift)
+            maximum = raised
+            totals = totals * correction[:, None] + weights
+            if V_CODEC == INT4 and WORDS:
+                # Steps join the weights, over the largest so far so that they fit float16.
+                larger = tl.maximum(largest, tl.max(v_step, axis=0))
+                correction *= largest / larger
+                largest = larger
+                weights *= (v_step * (1 / largest))[None, :]
+                zeros = zeros * correction[:, None] + weights * v_zero[None, :]
+            weighted = tl.dot(
+                weights.to(v.dtype), v, weighted * correction[:, None], input_precision="ieee"
+            )
+    total = tl.sum(totals, axis=1)
+    if V_CODEC == INT4 and WORDS:
+        zero = tl.sum(zeros, axis=1) * INT4_ZERO
+        weighted = (weighted - zero[:, None]) * (largest * INT4_STEP)
 
     if split == 0:
         if WINDOW > 0:
@@ -410,7 +441,7 @@ def _attend(
                 v = tl.load(window + D + source, mask=mask, other=0)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
                 scores = tl.where(usable[None, :], scores, float("-inf"))
-                maximum, total, weighted = _fold(maximum, total, weighted, scores, v, None, None)
+                maximum, total, weighted = _fold(maximum, total, weighted, scores, v)
         key += start.to(tl.int64) * key_token_stride + head * key_head_stride
         value += start.to(tl.int64) * value_token_stride + head * value_head_stride
         for step_start in tl.range(0, tl.minimum(first + TOKENS, length), DENSE_TILE):
@@ -424,7 +455,7 @@ def _attend(
             )
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             scores = tl.where(step[None, :] <= local[:, None], scores, float("-inf"))
-            maximum, total, weighted = _fold(maximum, total, weighted, scores, v, None, None)
+            maximum, total, weighted = _fold(maximum, total, weighted, scores, v)
 
     place = real[:, None] & inside[None, :]
     result = weighted / total[:, None]
@@ -439,25 +470,15 @@ def _attend(
 
 
 @triton.jit
-def _fold(maximum, total, weighted, scores, v, step, zero):
-    """Online softmax in base 2: add values (n, PADDED), weighted by 2 ** scores (ROWS, n).
-
-    The values are v, or ``step * (v - zero)`` with (n,) steps and zeros where these are not None.
-    """
+def _fold(maximum, total, weighted, scores, v):
+    """Online softmax in base 2: add values v (n, PADDED), weighted by 2 ** scores (ROWS, n)."""
     raised = tl.maximum(maximum, tl.max(scores, axis=1))
     shift = tl.where(raised == float("-inf"), 0.0, raised)
     weights = tl.exp2(scores - shift[:, None])
     correction = tl.exp2(maximum - shift)
     total = total * correction + tl.sum(weights, axis=1)
     weighted = weighted * correction[:, None]
-    if step is None:
-        weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
-    else:
-        # Steps join the weights; relative to the largest they cannot leave float16's range.
-        largest = tl.maximum(tl.max(step, axis=0), 1e-30)
-        narrow = (weights * (step / largest)[None, :]).to(v.dtype)
-        offset = tl.sum(narrow.to(tl.float32) * zero[None, :], axis=1)
-        weighted += (tl.dot(narrow, v) - offset[:, None]) * largest
+    weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
     return raised, total, weighted
 
 

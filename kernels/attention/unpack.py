@@ -13,6 +13,10 @@ import triton.language as tl
 from vllm_sparsekv.kernels.attention.ptx import constraints, unpack_word
 from vllm_sparsekv.kernels.triton import AUTO, FP8, INT4, decode_fp8, load_int4_scale
 
+INT4_STEP = tl.constexpr(2.0**20)
+INT4_ZERO = tl.constexpr(2.0**-23)
+"""Tiles of INT4 count sixteenths of a code in units of 2**-24, zeros are eighths."""
+
 _AUTO_OPERANDS = tl.constexpr(constraints("auto"))
 _FP8_OPERANDS = tl.constexpr(constraints("fp8"))
 _INT4_OPERANDS = tl.constexpr(constraints("int4"))
@@ -27,7 +31,6 @@ _INT4 = tl.constexpr(unpack_word("int4", False, True))
 
 @triton.jit
 def unpack_tile(
-    pages,
     bitmap_at,
     values_at,
     scale_at,
@@ -40,25 +43,23 @@ def unpack_tile(
     BOUNDED: tl.constexpr,
     CONVERTS_FP8: tl.constexpr,
 ):
-    """Vectors of TILE tokens: tile (TILE, PADDED) DTYPE, and step and zero, (TILE,) float32.
+    """Vectors of TILE tokens: tile (TILE, PADDED) DTYPE, step (TILE,) float32, zero (TILE,) int32.
 
-    A vector is ``step * (tile - zero)`` for INT4 in words, otherwise just ``tile``.
+    A vector is ``INT4_STEP * step * (tile - INT4_ZERO * zero)`` for INT4 in words, else ``tile``.
 
     Args:
-        pages: base pointer, uint8.
-        bitmap_at: (TILE,) int64, byte offset of each token's bitmap.
-        values_at: (TILE,) int64, byte offset of its packed values.
-        scale_at: (TILE,) int64, byte offset of its scale.
-        visible: (TILE,) bool; the others read as zeros.
+        bitmap_at: (TILE,) pointers to uint8, each token's bitmap.
+        values_at: (TILE,) pointers to its packed values.
+        scale_at: (TILE,) pointers to its scale.
+        visible: (TILE,) bool, the others read as zeros; or None, which makes all visible.
         WORDS: unpack with :func:`unpack_words`, otherwise with :func:`unpack_elements`.
     """
     step = tl.full([bitmap_at.shape[0]], 1.0, tl.float32)
     zero = tl.zeros([bitmap_at.shape[0]], tl.int32)
     if CODEC == INT4:
-        step, zero = load_int4_scale(pages + scale_at, visible)
+        step, zero = load_int4_scale(scale_at, visible)
     if WORDS:
         tile = unpack_words(
-            pages,
             bitmap_at,
             values_at,
             zero,
@@ -70,19 +71,15 @@ def unpack_tile(
             BOUNDED,
             CONVERTS_FP8,
         )
-        # Sixteenths of a code in units of 2**-24.
-        step = step * 1048576.0
-        return tile, step, zero.to(tl.float32) * 1.1920928955078125e-07
     else:
         tile = unpack_elements(
-            pages, bitmap_at, values_at, step, zero, visible, D, PADDED, CODEC, DTYPE
+            bitmap_at, values_at, step, zero, visible, D, PADDED, CODEC, DTYPE
         )
-        return tile, step, zero
+    return tile, step, zero
 
 
 @triton.jit
 def unpack_words(
-    pages,
     bitmap_at,
     values_at,
     zero,
@@ -99,11 +96,10 @@ def unpack_words(
     INT4 comes out as :mod:`vllm_sparsekv.kernels.attention.ptx` says.
 
     Args:
-        pages: base pointer, uint8.
-        bitmap_at: (TILE,) int64, byte offset of each token's bitmap.
-        values_at: (TILE,) int64, byte offset of its packed values.
+        bitmap_at: (TILE,) pointers to uint8, each token's bitmap.
+        values_at: (TILE,) pointers to its packed values.
         zero: (TILE,) int32, the code of 0 in eighths, for INT4.
-        visible: (TILE,) bool.
+        visible: (TILE,) bool or None.
         D: a multiple of 32.
         DTYPE: the model dtype for AUTO, float16 otherwise.
         BOUNDED: never read past the last survivor; otherwise up to 20 bytes past it, and INT4 always.
@@ -111,14 +107,16 @@ def unpack_words(
     """
     WORDS: tl.constexpr = PADDED // 32
     word_index = tl.arange(0, WORDS)[None, :]
-    word = tl.load(
-        (pages + bitmap_at).to(tl.pointer_type(tl.int32))[:, None] + word_index,
-        mask=visible[:, None] & (word_index < D // 32),
-        other=0,
-    )
+    words = bitmap_at.to(tl.pointer_type(tl.int32))[:, None] + word_index
+    if visible is None and D == PADDED:
+        word = tl.load(words)
+    elif visible is None:
+        word = tl.load(words, mask=word_index < D // 32, other=0)
+    else:
+        word = tl.load(words, mask=visible[:, None] & (word_index < D // 32), other=0)
     population = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], tl.int32, True, 1)
     before = tl.cumsum(population, axis=1) - population
-    address = (pages + values_at).to(tl.int64)
+    address = values_at.to(tl.int64)
     if CODEC == AUTO:
         halves = _run(
             _AUTO_BOUNDED if BOUNDED else _AUTO,
@@ -147,19 +145,14 @@ def unpack_words(
 
 @triton.jit
 def _run(TEXT: tl.constexpr, OPERANDS: tl.constexpr, arguments, DTYPE: tl.constexpr):
-    return tl.inline_asm_elementwise(
-        TEXT,
-        OPERANDS,
-        arguments,
-        (
-            *(DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE),
-            *(DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE),
-            *(DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE),
-            *(DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE, DTYPE),
-        ),
-        is_pure=True,
-        pack=1,
-    )
+    if DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise(
+            TEXT, OPERANDS, arguments, (tl.bfloat16,) * 32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            TEXT, OPERANDS, arguments, (tl.float16,) * 32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -173,7 +166,6 @@ def _join_halves(x, HALF: tl.constexpr):
 
 @triton.jit
 def unpack_elements(
-    pages,
     bitmap_at,
     values_at,
     step,
@@ -186,19 +178,21 @@ def unpack_elements(
 ):
     """Vectors of TILE tokens as (TILE, PADDED) DTYPE, for any D and DTYPE; INT4 all decoded."""
     element = tl.arange(0, PADDED)[None, :]
-    real = visible[:, None] & (element < D)
-    byte = tl.load(pages + bitmap_at[:, None] + element // 8, mask=real, other=0).to(tl.int32)
+    real = element < D
+    if visible is not None:
+        real &= visible[:, None]
+    byte = tl.load(bitmap_at[:, None] + element // 8, mask=real, other=0).to(tl.int32)
     kept = (byte >> (element % 8)) & 1
     rank = tl.cumsum(kept, axis=1) - kept
     kept = kept > 0
     if CODEC == AUTO:
-        values = (pages + values_at).to(tl.pointer_type(DTYPE))
+        values = values_at.to(tl.pointer_type(DTYPE))
         return tl.load(values[:, None] + rank, mask=kept, other=0)
     elif CODEC == FP8:
-        code = tl.load(pages + values_at[:, None] + rank, mask=kept, other=0)
+        code = tl.load(values_at[:, None] + rank, mask=kept, other=0)
         return decode_fp8(code.to(tl.int32)).to(DTYPE)
     else:
-        packed = tl.load(pages + values_at[:, None] + rank // 2, mask=kept, other=0)
+        packed = tl.load(values_at[:, None] + rank // 2, mask=kept, other=0)
         code = (packed.to(tl.int32) >> (rank % 2 * 4)) & 15
         value = step[:, None] * (code.to(tl.float32) - zero[:, None].to(tl.float32) * 0.125)
         return tl.where(kept, value, 0).to(DTYPE)

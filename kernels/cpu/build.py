@@ -26,14 +26,14 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    "avx512": (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2"),
     "avx2": _AVX2,
     "portable": (),
 }
 """Instruction sets from best to plainest, and what the compiler needs for each."""
 
 _CPU_FLAGS = {
-    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2"},
     "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm"},
     "portable": set(),
 }

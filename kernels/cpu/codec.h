@@ -65,6 +65,19 @@ inline uint16_t float_to_float16(float x) {
     return static_cast<uint16_t>(out | bits >> 31 << 15);
 }
 
+// The value at p, of any storage that is a whole number of bytes.
+inline float one_value(int storage, const uint8_t* p) {
+    if (storage == FP8) return fp8_to_float(*p);
+    if (storage == FLOAT32) {
+        float x;
+        memcpy(&x, p, 4);
+        return x;
+    }
+    uint16_t x;
+    memcpy(&x, p, 2);
+    return storage == BFLOAT16 ? bfloat16_to_float(x) : float16_to_float(x);
+}
+
 inline uint16_t float_to_bfloat16(float x) {
     const uint32_t bits = bit_cast<uint32_t>(x);
     if (x != x) return static_cast<uint16_t>(bits >> 16 | 0x40);
@@ -81,7 +94,37 @@ inline uint8_t float_to_fp8(float x) {
     return static_cast<uint8_t>(out | bits >> 31 << 7);
 }
 
-// Row of the model dtype.
+// The scales of an int4 vector (codecs.Int4Codec): value = low + step * code.
+struct Int4Scale {
+    float low, step;
+
+    static Int4Scale read(const uint8_t* scales) {
+        uint16_t half[2];
+        memcpy(half, scales, sizeof half);
+        return {float16_to_float(half[0]), float16_to_float(half[1])};
+    }
+};
+
+// A row of the model dtype to float32; `size` is a multiple of 16.
+inline void decode_row(int storage, const uint8_t* row, int size, float* out) {
+    if (storage == FLOAT32) {
+        memcpy(out, row, size * sizeof(float));
+        return;
+    }
+#if defined(__AVX2__)
+    for (int i = 0; i < size; i += 8) {
+        const __m128i half = _mm_loadu_si128((const __m128i*)(row + 2 * i));
+        const __m256 wide = storage == FLOAT16
+                                ? _mm256_cvtph_ps(half)
+                                : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+        _mm256_storeu_ps(out + i, wide);
+    }
+#else
+    for (int i = 0; i < size; ++i) out[i] = one_value(storage, row + 2 * i);
+#endif
+}
+
+// A row of float32 to the model dtype.
 inline void encode_row(int storage, const float* x, int size, uint8_t* out) {
     if (storage == FLOAT32) {
         memcpy(out, x, size * sizeof(float));

@@ -1,8 +1,8 @@
 // Vectors of floats for one instruction set, chosen by the flags this file is compiled with.
 //
-// Arithmetic is GCC's vector extension; only what it cannot say (expand, horizontal sums, half
-// precision) is written per instruction set. Every set is a library of its own (build.py), so
-// inline functions compiled for different sets never meet in one binary.
+// Arithmetic is GCC's vector extension; only what it cannot say is written per instruction set.
+// Every set is a library of its own (build.py), so inline functions compiled for different sets
+// never meet in one binary.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,8 @@ namespace sparsekv {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-using Bits = uint16_t;
 #else
 constexpr int LANES = 8;
-using Bits = uint8_t;
 #endif
 
 typedef float F __attribute__((vector_size(4 * LANES)));
@@ -28,52 +26,21 @@ typedef float UnalignedF __attribute__((vector_size(4 * LANES), aligned(4), may_
 
 inline F load(const float* p) { return *reinterpret_cast<const UnalignedF*>(p); }
 inline void store(float* p, F x) { *reinterpret_cast<UnalignedF*>(p) = x; }
-inline F broadcast(float x) { return F{} + x; }
+inline F broadcast(float x) {
+#if defined(__AVX512F__)
+    return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return _mm256_set1_ps(x);
+#else
+    return F{x, x, x, x, x, x, x, x};
+#endif
+}
 inline F bits_to_float(I x) { return reinterpret_cast<F>(x); }
 inline I float_to_bits(F x) { return reinterpret_cast<I>(x); }
 // A NaN in either operand may be lost; softmax recovers it from the exponential.
 inline F max(F a, F b) { return a > b ? a : b; }
 
 constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-// For each bitmap byte and lane: which of the next survivors goes there, -128 where none does.
-struct ExpandTable {
-    alignas(64) int8_t lane[256][8];
-    constexpr ExpandTable() : lane{} {
-        for (int byte = 0; byte < 256; ++byte)
-            for (int i = 0, rank = 0; i < 8; ++i)
-                lane[byte][i] = byte >> i & 1 ? static_cast<int8_t>(rank++) : int8_t{-128};
-    }
-};
-inline constexpr ExpandTable EXPAND;
-
-inline Bits load_bits(const uint8_t* bitmap) {
-    Bits bits;
-    memcpy(&bits, bitmap, sizeof bits);
-    return bits;
-}
-
-// Survivors to the lanes whose bit is set, 0 elsewhere. May read LANES floats from p.
-inline F expand(const float* p, Bits bits) {
-#if defined(__AVX512F__)
-    return _mm512_maskz_expandloadu_ps(bits, p);
-#elif defined(__AVX2__)
-    int64_t packed;
-    memcpy(&packed, EXPAND.lane[bits], 8);
-    const __m256i lane = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(packed));
-    const __m256 moved = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), lane);
-    return _mm256_blendv_ps(moved, _mm256_setzero_ps(), _mm256_castsi256_ps(lane));
-#else
-    F out{};
-    for (int i = 0; i < LANES; ++i) {
-        const int lane = EXPAND.lane[bits][i];
-        out[i] = lane < 0 ? 0.f : p[lane];
-    }
-    return out;
-#endif
-}
-
-inline int count_bits(Bits bits) { return __builtin_popcount(bits); }
 
 #if defined(__AVX2__)
 inline __m256 fold(F x) {

@@ -3,7 +3,6 @@
 // The k largest magnitudes are found without a sort: the bits of |x| order as integers, so a
 // bisection on them finds the k-th largest, counting the elements at or above each guess.
 
-#include "../cpu/decode.h"
 #include "../cpu/encode.h"
 #include "../cpu/layout.h"
 
@@ -68,7 +67,7 @@ void pack_row(
     alignas(64) float x[MAX_HEAD_SIZE];
     if (layout.storage == FLOAT32) select_row<uint32_t>(row, size, vector.survivors, kept);
     else select_row<uint16_t>(row, size, vector.survivors, kept);
-    decode(layout.storage, row, nullptr, 1, size, x);
+    decode_row(layout.storage, row, size, x);
 
     uint8_t* bitmap = section.bitmap + offset * layout.bitmap_bytes();
     for (int i = 0; i < size; i += 8) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from torch.nn.functional import embedding, pad
 
 from vllm_sparsekv.format import SparseFormat, VectorFormat
 
@@ -62,36 +63,22 @@ def unpack_vectors(
     Returns:
         (..., D) float32.
     """
-    decoded = torch.nn.functional.pad(fmt.codec.decode(values, scales), (0, 1))
-    rank = _survivor_ranks(bitmap, fmt.survivors)
-    return decoded.gather(-1, rank.clamp_max_(fmt.survivors).long())
-
-
-def _survivor_ranks(bitmap: torch.Tensor, survivors: int) -> torch.Tensor:
-    """Index of each element's value among the survivors, k or more where the element was pruned.
-
-    Four int16 ranks share one int64, so a table look-up and an addition serve four elements.
-
-    Args:
-        bitmap: (..., D/8) uint8.
-        survivors: k.
-
-    Returns:
-        (..., D) int16.
-    """
-    in_byte, population = _byte_tables(survivors, bitmap.device)
+    survivors = fmt.survivors
+    ranks, population = _byte_tables(survivors, bitmap.device)
     byte = bitmap.int()
-    count = population[byte]
-    before = (count.cumsum(-1) - count) * 0x0001_0001_0001_0001
-    return (in_byte[byte] + before.unsqueeze(-1)).flatten(-2).view(torch.int16)
+    count = embedding(byte, population).squeeze(-1)
+    before = (count.cumsum(-1) - count).unsqueeze(-1)
+    # Index of each element's value; pruned elements all point behind the last one, at a zero.
+    rank = embedding(byte, ranks).add_(before).clamp_max_(survivors).flatten(-2)
+    return pad(fmt.codec.decode(values, scales), (0, 1)).gather(-1, rank)
 
 
 @cache
 def _byte_tables(survivors: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each byte value: ranks of its bits, (256, 2) int64 of four int16, and set bits, (256,)."""
+    """Per byte value: its bits' ranks, k where unset, (256, 8); how many are set, (256, 1)."""
     bits = torch.arange(256, device=device).unsqueeze(-1) >> torch.arange(8, device=device) & 1
-    rank = (bits.cumsum(-1) - 1).masked_fill(bits == 0, survivors)
-    return rank.to(torch.int16).view(torch.int64), bits.sum(-1)
+    ranks = (bits.cumsum(-1) - 1).masked_fill(bits == 0, survivors)
+    return ranks, bits.sum(-1, keepdim=True)
 
 
 def pack(

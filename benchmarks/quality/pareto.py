@@ -1,0 +1,125 @@
+"""Bytes per token against perplexity ratio: the table and the picture."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from quality.methods import Method
+from quality.perplexity import summary
+from quality.results import Results
+
+SHORT_CONTEXT = 4096
+"""The context whose window bytes are counted for shorter samples."""
+
+
+def rows(
+    path: Path, methods: dict[str, Method], head_size: int, dtype: torch.dtype
+) -> list[dict[str, object]]:
+    """One row per method and sample length, best bytes last.
+
+    A row's ratio is the geometric mean over texts, its KL and top-1 are plain means; only decoding
+    steps (``chunk`` 1) and evaluations of a method's present settings count.
+    """
+    dense_bytes = 2 * head_size * dtype.itemsize
+    groups = defaultdict(lambda: defaultdict(list))
+    for entry in Results(path).entries:
+        method = methods.get(entry["method"])
+        if method and entry["chunk"] == 1 and entry["settings"] == method.settings:
+            groups[entry["method"], entry["length"]][entry["text"]].append(
+                {key: entry[key] for key in ("tokens", "nll", "dense_nll", "kl", "top1")}
+            )
+    table = []
+    for (name, length), texts in groups.items():
+        by_text = {text: summary(samples) for text, samples in sorted(texts.items())}
+        count = len(by_text)
+        ratios = torch.tensor([text["ppl_ratio"] for text in by_text.values()], dtype=torch.float64)
+        context = max(length, SHORT_CONTEXT)
+        size = methods[name].token_bytes(dense_bytes, context)
+        table.append(
+            {
+                "method": name,
+                "length": length,
+                "bytes_per_token_and_head": round(size, 2),
+                "compression": round(dense_bytes / size, 3),
+                "ppl_ratio": round(ratios.log().mean().exp().item(), 5),
+                "kl": round(sum(text["kl"] for text in by_text.values()) / count, 5),
+                "top1": round(sum(text["top1"] for text in by_text.values()) / count, 4),
+                "texts": by_text,
+            }
+        )
+    return sorted(table, key=lambda row: (row["length"], row["compression"]))
+
+
+def markdown(table: list[dict[str, object]]) -> str:
+    """The rows as a README table."""
+    lines = [
+        "| cache | bytes | vs bf16 | ppl ratio | KL | top-1 | tokens |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        tokens = sum(text["tokens"] for text in row["texts"].values())
+        lines.append(
+            f"| {row['method']} | {row['bytes_per_token_and_head']:.1f} | {row['compression']:.2f}x "
+            f"| {row['ppl_ratio']:.4f} | {row['kl']:.4f} | {row['top1']:.3f} "
+            f"| {len(row['texts'])} texts, {tokens} |"
+        )
+    return "\n".join(lines)
+
+
+def write(path: Path, methods: dict[str, Method], head_size: int, dtype: torch.dtype) -> None:
+    """Write ``pareto.json`` and ``pareto.png`` beside ``path`` and print the table."""
+    table = rows(path, methods, head_size, dtype)
+    path.with_name("pareto.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    print(markdown(table))
+    draw([row for row in table if row["method"] != "dense"], path.with_name("pareto.png"))
+
+
+def draw(table: list[dict[str, object]], path: Path) -> None:
+    """Perplexity ratio and KL over bytes, ours joined by a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
+    for axis, metric, label in zip(
+        axes, ("ppl_ratio", "kl"), ("perplexity ratio to dense", "KL to dense (nats)"), strict=True
+    ):
+        for length in sorted({row["length"] for row in table}):
+            ours = [
+                r for r in table if r["length"] == length and r["method"].startswith("sparsekv")
+            ]
+            axis.plot(
+                [r["bytes_per_token_and_head"] for r in ours],
+                [r[metric] for r in ours],
+                "o-",
+                label=f"ours, {length} tokens",
+            )
+            rest = [r for r in table if r["length"] == length and r not in ours]
+            axis.plot(
+                [r["bytes_per_token_and_head"] for r in rest],
+                [r[metric] for r in rest],
+                "x",
+                label=f"others, {length} tokens",
+            )
+        for row in table:
+            axis.annotate(
+                row["method"],
+                (row["bytes_per_token_and_head"], row[metric]),
+                textcoords="offset points",
+                xytext=(4, 4),
+                fontsize=7,
+            )
+        axis.set_xscale("log")
+        axis.set_xlabel("bytes per token and KV head, window included")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[1].set_yscale("log")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,62 @@
+"""A JSON file of evaluations that grows one entry at a time and is never half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+KEYS = (
+    "model",
+    "dtype",
+    "text",
+    "tokens_sha256",
+    "length",
+    "chunk",
+    "method",
+    "window",
+    "settings",
+)
+"""What makes two evaluations the same one."""
+
+
+class Results:
+    """Evaluations in a file.
+
+    Args:
+        path: read if it exists, replaced as a whole with every :meth:`add`.
+
+    Raises:
+        ValueError: the file is not a result file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: list[dict[str, Any]] = []
+        if path.exists():
+            try:
+                self.entries = json.loads(path.read_text(encoding="utf-8"))["evaluations"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}: not a result file ({error})") from error
+
+    def has(self, key: dict[str, Any]) -> bool:
+        return any(all(entry[name] == key[name] for name in KEYS) for entry in self.entries)
+
+    def add(self, key: dict[str, Any], sums: dict[str, float]) -> None:
+        self.entries.append(key | sums)
+        content = {"machine": machine(), "evaluations": self.entries}
+        scratch = self.path.with_suffix(".partial")
+        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, self.path)
+
+
+def machine() -> dict[str, str]:
+    """What the figures were taken on."""
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "vllm-sparsekv")},
+    }

@@ -1,0 +1,129 @@
+// From a bitmap and packed survivors to lanes of float32.
+//
+// In working memory survivors keep the form of their page, except that int4 codes take a byte
+// each. AVX2 has no expand instruction; tables indexed by a bitmap byte hold the byte shuffle that
+// moves the next survivors to their lanes, which often converts them at the same time.
+#pragma once
+
+#include "codec.h"
+
+namespace sparsekv {
+
+constexpr int survivor_bytes(int storage) { return storage == FLOAT32 ? 4 : storage >= FP8 ? 1 : 2; }
+
+#if defined(__AVX512F__)
+using Bits = uint16_t;
+#else
+using Bits = uint8_t;
+#endif
+
+// As a wide integer, which indexes tables without further conversions.
+inline uint64_t load_bits(const uint8_t* bitmap) {
+    Bits bits;
+    memcpy(&bits, bitmap, sizeof bits);
+    return bits;
+}
+
+#if defined(__AVX512F__)
+#elif defined(__AVX2__)
+// For each bitmap byte the byte shuffle of 8 lanes of LANE bytes: WIDTH bytes of a survivor go to
+// offset AT of its lane, zeros elsewhere. 32-byte results select from one 16-byte load in both halves.
+template <int LANE, int WIDTH, int AT>
+struct Shuffles {
+    alignas(64) int8_t table[256][8 * LANE];
+    constexpr Shuffles() : table{} {
+        for (int bits = 0; bits < 256; ++bits)
+            for (int lane = 0, rank = 0; lane < 8; ++lane) {
+                for (int i = 0; i < LANE; ++i) table[bits][lane * LANE + i] = -128;
+                if (!(bits >> lane & 1)) continue;
+                for (int i = 0; i < WIDTH; ++i)
+                    table[bits][lane * LANE + AT + i] = static_cast<int8_t>(rank * WIDTH + i);
+                ++rank;
+            }
+    }
+    __m128i half(uint64_t bits) const { return _mm_load_si128((const __m128i*)table[bits]); }
+    __m256i full(uint64_t bits) const { return _mm256_load_si256((const __m256i*)table[bits]); }
+};
+inline constexpr Shuffles<1, 1, 0> TO_LANE;         // which survivor, negative for none
+inline constexpr Shuffles<4, 2, 2> BF16_TO_FLOAT;   // into the upper half
+inline constexpr Shuffles<2, 2, 0> FP16_TO_FP16;
+inline constexpr Shuffles<2, 1, 1> FP8_TO_FP16;     // into the upper half
+inline constexpr Shuffles<4, 1, 0> CODE_TO_INT32;
+
+struct LaneMasks {
+    alignas(64) int32_t table[256][8];
+    constexpr LaneMasks() : table{} {
+        for (int bits = 0; bits < 256; ++bits)
+            for (int lane = 0; lane < 8; ++lane) table[bits][lane] = bits >> lane & 1 ? -1 : 0;
+    }
+    __m256 mask(uint64_t bits) const { return _mm256_load_ps((const float*)table[bits]); }
+};
+inline constexpr LaneMasks LANE_MASKS;
+#endif
+
+#if defined(__AVX2__)
+// fp8 in the upper halves of 16-bit words to the float16 2^8 smaller.
+inline __m128i fp8_to_half(__m128i x) {
+    return _mm_and_si128(_mm_srai_epi16(x, 1), _mm_set1_epi16((short)0xbfff));
+}
+#endif
+
+// What expand() leaves out: its result is to be multiplied by this.
+constexpr float expand_unit(int storage) { return storage == FP8 ? 256.f : 1.f; }
+
+// The next survivors at p, each in the lane whose bit is set, 0 elsewhere. May read 64 bytes.
+// FP8 survivors must hold no NaN; `low` and `step` are those of an int4 vector.
+template <int STORAGE>
+inline F expand(const uint8_t* p, uint64_t bits, F low, F step) {
+#if defined(__AVX512F__)
+    if constexpr (STORAGE == FLOAT32) {
+        return _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(p));
+    } else if constexpr (STORAGE == BFLOAT16 || STORAGE == FLOAT16) {
+        const __m256i half = _mm256_maskz_expand_epi16(bits, _mm256_loadu_si256((const __m256i*)p));
+        if constexpr (STORAGE == FLOAT16) return _mm512_cvtph_ps(half);
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    } else {
+        const __m128i byte = _mm_maskz_expand_epi8(bits, _mm_loadu_si128((const __m128i*)p));
+        if constexpr (STORAGE == FP8) {
+            const __m256i half = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(byte), 8), 1);
+            return _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff)));
+        }
+        const F code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(byte));
+        return _mm512_fmadd_ps(code, step, _mm512_maskz_mov_ps(bits, low));
+    }
+#elif defined(__AVX2__)
+    if constexpr (STORAGE == FLOAT32) {
+        const __m256i lane = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)TO_LANE.table[bits]));
+        __m256 next = _mm256_loadu_ps((const float*)p), zero;
+        // vpermps is slower with a memory operand; and the compiler would make two instructions of
+        // a blend with a zero it knows.
+        asm("" : "+x"(next));
+        asm("vxorps %0, %0, %0" : "=x"(zero));
+        return _mm256_blendv_ps(_mm256_permutevar8x32_ps(next, lane), zero, _mm256_castsi256_ps(lane));
+    } else if constexpr (STORAGE == BFLOAT16) {
+        const __m256i next = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(next, BF16_TO_FLOAT.full(bits)));
+    } else if constexpr (STORAGE == FLOAT16) {
+        const __m128i next = _mm_loadu_si128((const __m128i*)p);
+        return _mm256_cvtph_ps(_mm_shuffle_epi8(next, FP16_TO_FP16.half(bits)));
+    } else if constexpr (STORAGE == FP8) {
+        const __m128i next = _mm_loadl_epi64((const __m128i*)p);
+        return _mm256_cvtph_ps(fp8_to_half(_mm_shuffle_epi8(next, FP8_TO_FP16.half(bits))));
+    } else {
+        const __m256i next = _mm256_castpd_si256(_mm256_broadcast_sd((const double*)p));
+        const __m256i code = _mm256_shuffle_epi8(next, CODE_TO_INT32.full(bits));
+        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(code), step, _mm256_and_ps(low, LANE_MASKS.mask(bits)));
+    }
+#else
+    F out{};
+    for (int lane = 0, rank = 0; lane < LANES; ++lane) {
+        if (!(bits >> lane & 1)) continue;
+        const uint8_t* survivor = p + survivor_bytes(STORAGE) * rank++;
+        out[lane] = STORAGE == INT4 ? low[lane] + step[lane] * *survivor
+                                    : one_value(STORAGE, survivor) / expand_unit(STORAGE);
+    }
+    return out;
+#endif
+}
+
+}  // namespace sparsekv

@@ -1,0 +1,102 @@
+"""Attention in Triton, its inline PTX emulated, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, build_case
+from ragged import RAGGED_MATRIX
+
+from vllm_sparsekv.kernels.attention import triton as attention
+
+TRITON = Ops(REFERENCE.pack, attention.sparse_attention, REFERENCE.write_window)
+SLACK = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+"""Softmax weights meet the values in the values' type; the rest is float32."""
+MAX_HISTORY = 1100
+"""Tokens of history; the interpreter takes a second for some hundred."""
+
+
+def matches(spec: CaseSpec) -> None:
+    assert_attention(build_case(spec), TRITON, SLACK[spec.dtype])
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in RAGGED_MATRIX if s.history_tokens <= MAX_HISTORY], ids=str
+)
+def test_ragged_matrix(spec):
+    matches(spec)
+
+
+CODECS = ("auto", "fp8", "int4")
+DECODE = (Request(0, 1), Request(200, 1), Request(63, 1, hit=40), Request(0, 0))
+
+
+@pytest.mark.parametrize("value_dtype", CODECS)
+@pytest.mark.parametrize("key_dtype", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_pair_of_codecs(dtype, key_dtype, value_dtype):
+    matches(
+        CaseSpec(
+            DECODE,
+            head_size=64,
+            num_kv_heads=1,
+            group=5,
+            key_sparsity=0.3,
+            key_dtype=key_dtype,
+            value_dtype=value_dtype,
+            dtype=dtype,
+            window=24,
+        )
+    )
+
+
+@pytest.mark.parametrize("capability", [0, 80], ids=["not NVIDIA", "no fp8 conversion"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_other_gpus(monkeypatch, capability, codec):
+    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    matches(
+        CaseSpec(
+            DECODE,
+            num_kv_heads=1,
+            key_dtype=codec,
+            value_dtype=codec,
+            dtype=torch.bfloat16,
+        )
+    )
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_splits_merge(monkeypatch, splits):
+    """More splits than any history fills included."""
+    choose = attention.choose_launch
+    monkeypatch.setattr(
+        attention, "choose_launch", lambda *shapes: choose(*shapes)._replace(splits=splits)
+    )
+    requests = (Request(1300, 1), Request(0, 3), Request(257, 2), Request(0, 0))
+    matches(CaseSpec(requests, num_kv_heads=1, group=2, dtype=torch.float32, window=16))
+
+
+def test_workspace_of_the_caller(monkeypatch):
+    choose = attention.choose_launch
+    monkeypatch.setattr(
+        attention, "choose_launch", lambda *shapes: choose(*shapes)._replace(splits=3)
+    )
+    case = build_case(CaseSpec((Request(600, 1),), num_kv_heads=1, window=16))
+    launch = choose(case.query, 1, 1, 1024)._replace(splits=3)
+    needed = attention.workspace_elements(case.query, launch)
+    workspace = torch.full((needed,), torch.nan)
+    out = torch.empty_like(case.query)
+    attention.sparse_attention(*case.attention_args(), out, workspace=workspace)
+    error = (out[: case.num_tokens].double() - case.expected).abs().max()
+    assert error < 2e-6
+    assert not workspace.isnan().all()
+    with pytest.raises(ValueError, match=f"workspace={needed - 1} elements: must be >= {needed}"):
+        attention.sparse_attention(*case.attention_args(), out, workspace=workspace[1:])
+
+
+def test_scale_must_be_positive():
+    case = build_case(CaseSpec((Request(3, 1),)))
+    arguments = list(case.attention_args())
+    arguments[9] = 0.0
+    with pytest.raises(ValueError, match=r"scale=0\.0: must be positive"):
+        attention.sparse_attention(*arguments, torch.empty_like(case.query))

@@ -1,0 +1,82 @@
+"""Prune and pack in Triton: byte for byte the reference's pages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import REFERENCE, assert_same_bytes, build_case
+from ragged import RAGGED_MATRIX
+
+from vllm_sparsekv.config import SparseKVConfig
+from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.pack.triton import pack
+
+TRITON = REFERENCE._replace(pack=pack)
+CODECS = ("auto", "fp8", "int4")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def packed(implementation, x: torch.Tensor, fmt: SparseFormat, block_size: int = 16):
+    """Pages with vectors x (num_tokens, num_kv_heads, D) as keys, their negatives as values."""
+    tokens, heads, _ = x.shape
+    shape = (2 + tokens // block_size, heads, block_size, fmt.token_bytes)
+    pages = torch.full(shape, 0xFF, dtype=torch.uint8)
+    slots = torch.arange(tokens).flip(0) + block_size
+    slots[1::7] = -1
+    implementation(x, -x, slots, pages, fmt)
+    return pages
+
+
+def awkward_vectors(size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Ties, zeros of both signs, extremes, subnormals and steps that round to a tie."""
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randn(24, 2, size, generator=generator)
+    x[0] = 1.0
+    x[1] = torch.arange(size) % 3 - 1.0
+    x[2] = 0.0
+    x[3] = -0.0
+    x[4, :, ::2] = 0.0
+    x[5] *= 1e-7
+    x[6] *= 300.0
+    x[7] *= torch.finfo(dtype).max / 8
+    x[8] = x[8].abs()
+    x[9] = -x[9].abs()
+    x[10] = (torch.arange(size) - size / 2) / 64
+    x[11] = torch.arange(size) * 2.0**-9
+    x[12] = 448.0 + torch.arange(size)
+    x[13] = torch.arange(size).float() % 5 * 2.0**-24
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("size", "key_sparsity", "value_sparsity"),
+    [(64, 0.5, 0.3), (80, 0.3, 0.7), (96, 0.7, 0.0), (128, 0.0, 0.5), (256, 0.3, 0.5)],
+)
+def test_awkward_vectors(size, key_sparsity, value_sparsity, dtype, codec):
+    config = SparseKVConfig(key_sparsity, value_sparsity, codec, codec, 0)
+    fmt = SparseFormat.from_config(config, size, dtype)
+    x = awkward_vectors(size, dtype)
+    assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinities_and_nans_survive_alike(dtype, codec):
+    fmt = SparseFormat.from_config(SparseKVConfig(0.5, 0.5, codec, codec, 0), 64, dtype)
+    x = torch.randn(8, 1, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[0, 0, 5], x[1, 0, 6], x[2, 0, 7] = torch.inf, -torch.inf, torch.nan
+    x[3, 0, 8:10] = torch.tensor([torch.inf, torch.nan])
+    assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in RAGGED_MATRIX if s.history_tokens <= 130], ids=str
+)
+def test_ragged_matrix(spec):
+    ours, reference = build_case(spec, TRITON), build_case(spec)
+    assert_same_bytes(ours.pages, reference.pages)
+    ours.write_step(TRITON)
+    reference.write_step()
+    assert_same_bytes(ours.pages, reference.pages)
