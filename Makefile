@@ -10,7 +10,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model print-model demo test lint bench-engine clean
+.PHONY: help setup model print-model demo test lint bench-engine bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test          run the tests"
 	@echo "make lint          check style"
 	@echo "make bench-engine  measure the engine, dense against sparse"
+	@echo "make bench-accuracy  measure what every cache costs in quality, on held-out texts"
 	@echo "make clean         remove build outputs, keep .venv and .cache"
 	@echo
 	@echo "Variables: PYTHON (3.11 or newer), TORCH_INDEX (URL of PyTorch's index of CPU wheels), MODEL"
@@ -57,6 +58,9 @@ lint: $(SETUP)
 
 bench-engine: $(SETUP) model
 	$(BIN)/python benchmarks/engine.py
+
+bench-accuracy: $(SETUP) model
+	$(BIN)/python benchmarks/accuracy.py perplexity --model $(MODEL)
 
 clean:
 	rm -rf build dist *.egg-info requirements/vllm-metadata/build requirements/vllm-metadata/*.egg-info

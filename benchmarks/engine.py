@@ -1,6 +1,6 @@
 """Decode and prompt speed, KV capacity: the engine with sparse pages against the dense engine.
 
-    python benchmarks/engine.py [--context 1024 4096] [--batch 8] [--dtype float32] [--settings JSON]
+    python benchmarks/engine.py [--context 1024 4096] [--batch 8] [--dtype float32]
 
 Both engines run one after the other in processes of their own, with the same cache memory. A round
 is one batch of fresh prompts; prompt time is the time to the first token of the whole batch, decode

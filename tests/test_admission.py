@@ -38,7 +38,7 @@ def model_folder(tmp_path: Path, **config: Any) -> Path:
     [
         (
             {"additional_config": {"sparsekv": {"key_sparsty": 0.5}}},
-            r"sparsekv\.key_sparsty: unknown setting, did you mean 'key_sparsity'\? valid: \['preset'",
+            r"sparsekv\.key_sparsty: unknown setting, did you mean 'key_sparsity'\? valid: \['pre",
         ),
         (
             {"additional_config": {"sparsekv": {"key_sparsity": 0.99}}},
@@ -72,8 +72,8 @@ def model_folder(tmp_path: Path, **config: Any) -> Path:
                 },
             },
             # 16 tokens of 2 * (8 + 8) bytes against a slot of 2 * 64 * 4 + 8.
-            r"block_size=16: a page of 16 tokens x 32 bytes cannot hold one window slot of 520 bytes"
-            r", must be >= 32",
+            r"block_size=16: a page of 16 tokens x 32 bytes cannot hold one window slot of "
+            r"520 bytes, must be >= 32",
         ),
         (
             {"disable_hybrid_kv_cache_manager": True},

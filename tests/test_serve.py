@@ -1,4 +1,4 @@
-"""``vllm serve --attention-backend sparsekv`` as a user runs it, spoken to with the openai client."""
+"""``vllm serve --attention-backend sparsekv`` as a user runs it, with the openai client."""
 
 from __future__ import annotations
 

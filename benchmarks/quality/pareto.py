@@ -63,8 +63,8 @@ def markdown(table: list[dict[str, object]]) -> str:
     for row in table:
         tokens = sum(text["tokens"] for text in row["texts"].values())
         lines.append(
-            f"| {row['method']} | {row['bytes_per_token_and_head']:.1f} | {row['compression']:.2f}x "
-            f"| {row['ppl_ratio']:.4f} | {row['kl']:.4f} | {row['top1']:.3f} "
+            f"| {row['method']} | {row['bytes_per_token_and_head']:.1f} "
+            f"| {row['compression']:.2f}x | {row['ppl_ratio']:.4f} | {row['kl']:.4f} | {row['top1']:.3f} "
             f"| {len(row['texts'])} texts, {tokens} |"
         )
     return "\n".join(lines)

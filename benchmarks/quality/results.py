@@ -9,17 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-KEYS = (
-    "model",
-    "dtype",
-    "text",
-    "tokens_sha256",
-    "length",
-    "chunk",
-    "method",
-    "window",
-    "settings",
-)
+KEYS = ("model", "dtype", "text", "tokens_sha256", "chunk", "method", "window", "settings")
 """What makes two evaluations the same one."""
 
 

@@ -14,9 +14,7 @@ from quality.attention import RuleModel
 from quality.methods import Method
 from quality.scores import score
 
-FILLER = (
-    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-)
+FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go, there and back. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "What is the pass key? The pass key is"
 
@@ -118,7 +116,7 @@ def passkey(
 def generate(
     model: RuleModel, prompt: torch.Tensor, method: Method, count: int, stop: int
 ) -> list[int]:
-    """Greedy tokens after ``prompt``; every step is a full forward pass, so it is exact and slow."""
+    """Greedy tokens after ``prompt``; each is a full forward pass, so it is exact and slow."""
     tokens = prompt
     for _ in range(count):
         token = model.logits(model.hidden(tokens, method)[-1:]).argmax(-1)

@@ -3,8 +3,9 @@
     python benchmarks/texts/fetch.py FOLDER
 
 Needs ``apt-get`` and ``dpkg`` (any Debian or Ubuntu) and ``pip``. Each text is cut to
-:data:`TEXT_CHARACTERS`, which is more than 6 x 2,048 tokens. The two groups are kept apart: codecs,
-presets and defaults were chosen on :data:`TUNING` alone, :data:`HELD_OUT` is what the README quotes.
+:data:`TEXT_CHARACTERS`, which is more than 6 x 2,048 tokens. The two groups are kept apart:
+codecs, presets and defaults were chosen on :data:`TUNING` alone, results are quoted on
+:data:`HELD_OUT`.
 """
 
 from __future__ import annotations

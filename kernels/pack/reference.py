@@ -1,4 +1,4 @@
-"""Prune, pack and unpack in plain torch (Mustafar, arXiv 2505.22913, section 3: per-token magnitude)."""
+"""Prune, pack and unpack in plain torch (per-token magnitude, Mustafar, arXiv 2505.22913)."""
 
 from __future__ import annotations
 
