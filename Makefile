@@ -10,7 +10,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model print-model demo test lint bench-engine bench-accuracy clean
+.PHONY: help setup model print-model demo test lint bench-engine bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +21,10 @@ help:
 	@echo "make test          run the tests"
 	@echo "make lint          check style"
 	@echo "make bench-engine  measure the engine, dense against sparse"
+	@echo "make bench-kernels  measure the CPU kernels against vLLM's dense CPU attention"
 	@echo "make bench-accuracy  measure what every cache costs in quality, on held-out texts"
+	@echo "make test-gpu      test the Triton kernels on the GPU; needs torch, triton, pytest"
+	@echo "make bench-gpu     measure the kernels on the GPU; needs torch and triton"
 	@echo "make clean         remove build outputs, keep .venv and .cache"
 	@echo
 	@echo "Variables: PYTHON (3.11 or newer), TORCH_INDEX (URL of PyTorch's index of CPU wheels), MODEL"
@@ -59,8 +62,33 @@ lint: $(SETUP)
 bench-engine: $(SETUP) model
 	$(BIN)/python benchmarks/engine.py
 
+bench-kernels: $(SETUP)
+	$(BIN)/python benchmarks/cpu.py
+
 bench-accuracy: $(SETUP) model
 	$(BIN)/python benchmarks/accuracy.py perplexity --model $(MODEL)
+
+# The GPU targets use the torch and triton of $(PYTHON), not .venv, and never vLLM.
+GPU_PATH := build/gpu
+GPU_ENV = PYTHONPATH=$(GPU_PATH):tests$${PYTHONPATH:+:$$PYTHONPATH}
+# For example: make test-gpu SANITIZER="compute-sanitizer --error-exitcode 1" PYTEST_ARGS="-k single"
+SANITIZER ?=
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+.PHONY: $(GPU_PATH)
+$(GPU_PATH):
+	rm -rf $@
+	mkdir -p $@
+	cp -r vllm_sparsekv $@
+	cp -r kernels $@/vllm_sparsekv
+
+test-gpu: $(GPU_PATH)
+	SPARSEKV_TEST_GPU=1 $(GPU_ENV) $(SANITIZER) $(PYTHON) -m pytest --confcutdir=tests/gpu \
+		-q tests/gpu $(PYTEST_ARGS)
+
+bench-gpu: $(GPU_PATH)
+	$(GPU_ENV) $(PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info requirements/vllm-metadata/build requirements/vllm-metadata/*.egg-info

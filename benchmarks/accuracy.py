@@ -19,7 +19,10 @@ import hashlib
 import json
 import sys
 import time
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from subprocess import CalledProcessError
 
 import torch
 from quality import engine, pareto, tasks
@@ -118,14 +121,28 @@ def perplexity(args: argparse.Namespace) -> None:
     pareto.write(args.out, methods, model.head_size, dtype)
 
 
+def stream(path: Path, rows: Callable[[list[tasks.Row]], Iterator[tasks.Row]]) -> list[tasks.Row]:
+    """Append rows to a JSON file one by one; ``rows`` gets those the file already holds."""
+    done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    for row in rows(list(done)):
+        print(row, flush=True)
+        done.append(row)
+        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+    return done
+
+
 def passkey(args: argparse.Namespace) -> None:
     """Retrieval of a number hidden at several depths of several lengths."""
     dtype = DTYPES[args.dtype]
     model = RuleModel(args.model, dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     methods = choose_methods(args.methods, model.head_size, dtype)
-    rows = tasks.passkey(model, tokenizer, methods, args.lengths, args.depths)
-    args.out.with_name("passkey.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = stream(
+        args.out.with_name("passkey.json"),
+        partial(tasks.passkey, model, tokenizer, methods, args.lengths, args.depths),
+    )
+    for row in tasks.means(rows, ("method", "length"), ("found",)):
+        print(row)
 
 
 def run_tasks(args: argparse.Namespace) -> None:
@@ -135,8 +152,12 @@ def run_tasks(args: argparse.Namespace) -> None:
     model = RuleModel(args.model, dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     methods = choose_methods(args.methods, model.head_size, dtype)
-    rows = tasks.answer_files(model, tokenizer, methods, questions, args.max_new_tokens)
-    args.out.with_name("tasks.json").write_text(json.dumps(rows, indent=1) + "\n")
+    rows = stream(
+        args.out.with_name("tasks.json"),
+        partial(tasks.answer_files, model, tokenizer, methods, questions, args.max_new_tokens),
+    )
+    for row in tasks.means(rows, ("file", "method"), tasks.SCORES):
+        print(row)
 
 
 def run_engine(args: argparse.Namespace) -> None:
@@ -207,7 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     try:
         args.function(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, CalledProcessError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"stopped; {args.out} holds what is done, run again to continue")

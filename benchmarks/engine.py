@@ -3,9 +3,9 @@
     python benchmarks/engine.py [--context 1024 4096] [--batch 8] [--dtype float32]
 
 Both engines run one after the other in processes of their own, with the same cache memory. A round
-is one batch of fresh prompts; prompt time is the time to the first token of the whole batch, decode
-speed counts the tokens after it. The medians over rounds, p20 and p80, the ratio and the machine go
-to ``benchmarks/results/engine.json``.
+is one batch of fresh prompts: the time until each of them has its first token, then decode steps of
+the whole batch. Medians, p20 and p80 over rounds and steps, the ratios and the machine go to
+``benchmarks/results/engine.json``.
 """
 
 from __future__ import annotations
@@ -24,45 +24,61 @@ from common import machine, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-NEW_TOKENS = 33
+DECODE_STEPS = 24
+MAX_TOKENS = 512
+"""Room for requests that decode while later prompts are still being read."""
 
 
 def measure(options: dict[str, Any], contexts: list[int], batch: int, rounds: int) -> dict:
     """Run one engine; seconds and rates per context length."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     llm = LLM(enforce_eager=True, enable_prefix_caching=False, **options)
-    vocabulary = llm.llm_engine.model_config.get_vocab_size()
-    first = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
-    more = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
-    result: dict[str, Any] = {
-        "kv_cache_tokens": llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
-    }
-    generator = random.Random(0)
+    cache = llm.llm_engine.vllm_config.cache_config
+    result: dict[str, Any] = {"kv_cache_tokens": cache.kv_cache_size_tokens}
     for context in contexts:
         prompt_seconds, decode_rate = [], []
         for index in range(rounds + 1):
-            prompts = [
-                {"prompt_token_ids": generator.choices(range(1000, vocabulary), k=context)}
-                for _ in range(batch)
-            ]
-            start = time.perf_counter()
-            llm.generate(prompts, first, use_tqdm=False)
-            prompt = time.perf_counter() - start
-            start = time.perf_counter()
-            llm.generate(prompts, more, use_tqdm=False)
-            decode = time.perf_counter() - start - prompt
-            print(f"  context {context}, round {index}: {prompt:.2f} s, {decode:.2f} s", flush=True)
+            prompt, steps = one_round(llm, context, batch, seed=index)
+            print(f"  context {context}, round {index}: prompts {prompt:.2f} s", flush=True)
             if index:  # the first round warms up
                 prompt_seconds.append(prompt)
-                decode_rate.append(batch * (NEW_TOKENS - 1) / decode)
+                decode_rate += [batch / step for step in steps]
         result[str(context)] = {
             "prompt_seconds": summary(prompt_seconds),
             "decode_tokens_per_second": summary(decode_rate),
         }
     llm.llm_engine.engine_core.shutdown()
     return result
+
+
+def one_round(llm: Any, context: int, batch: int, seed: int) -> tuple[float, list[float]]:
+    """Seconds until every request has its first token, then seconds of each decode step."""
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    generator = random.Random(seed)
+    vocabulary = range(1000, llm.llm_engine.model_config.get_vocab_size())
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+    names = [f"{context}-{seed}-{index}" for index in range(batch)]
+    start = time.perf_counter()
+    for name in names:
+        prompt = {"prompt_token_ids": generator.choices(vocabulary, k=context)}
+        engine.add_request(name, prompt, params)
+    waiting = set(names)
+    while waiting:
+        waiting -= {output.request_id for output in engine.step() if output.outputs[0].token_ids}
+    prompt_seconds = time.perf_counter() - start
+    steps = []
+    for _ in range(DECODE_STEPS):
+        start = time.perf_counter()
+        engine.step()
+        steps.append(time.perf_counter() - start)
+    engine.abort_request(names)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return prompt_seconds, steps
 
 
 def in_subprocess(*args: Any) -> dict:
@@ -76,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / ".cache" / "smollm2-135m-instruct"))
     parser.add_argument("--context", type=int, nargs="+", default=[1024])
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--settings", type=json.loads, default={"preset": "balanced"})
     parser.add_argument("--output", type=Path, default=RESULTS / "engine.json")
@@ -85,7 +101,7 @@ def main() -> None:
     common = {
         "model": args.model,
         "dtype": args.dtype,
-        "max_model_len": max(args.context) + 64,
+        "max_model_len": max(args.context) + MAX_TOKENS,
         "kv_cache_memory_bytes": 1 << 31,
     }
     sparse = {"attention_backend": "sparsekv", "additional_config": {"sparsekv": args.settings}}

@@ -140,7 +140,9 @@ class _Machine:
 
     def do_cvt_rn_f16x2_e4m3x2(self, target: str, a: str) -> None:
         value = self.read(a, 16)
-        low, high = (_FP8_TO_FP16[x].astype(np.uint64) for x in (value & 0xFF, value >> np.uint64(8)))
+        low, high = (
+            _FP8_TO_FP16[x].astype(np.uint64) for x in (value & 0xFF, value >> np.uint64(8))
+        )
         self.registers[target] = low | high << np.uint64(16)
 
     def do_mul_rn_f16x2(self, target: str, a: str, b: str) -> None:
@@ -171,5 +173,7 @@ class _Machine:
             first, last = int(address[wanted].min()), int(address[wanted].max())
             span = (ctypes.c_uint8 * (last - first + 4)).from_address(first)
             words = np.frombuffer(span, dtype=np.uint32)
-            value[wanted] = words[((address[wanted] - np.uint64(first)) // np.uint64(4)).astype(int)]
+            value[wanted] = words[
+                ((address[wanted] - np.uint64(first)) // np.uint64(4)).astype(int)
+            ]
         self.registers[target] = value

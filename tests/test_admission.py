@@ -54,7 +54,7 @@ def model_folder(tmp_path: Path, **config: Any) -> Path:
         ),
         (
             {"additional_config": {"sparsekv": {}}, "attention_backend": None},
-            r"additional_config\['sparsekv'\] is set but attention_backend=None: must be 'sparsekv'",
+            r"additional_config\['sparsekv'\] is set but attention_backend=None: must be",
         ),
         ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8': must be 'auto'"),
         ({"block_size": 24}, r"block_size=24: must be a positive multiple of 16"),

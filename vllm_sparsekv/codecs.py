@@ -96,8 +96,9 @@ class Int4Codec:
         values = values.float()
         low, high = values.aminmax(dim=-1, keepdim=True)
         low, high = low.clamp_max(0), high.clamp_min(0)
-        step_bits = ((high - low) / 15).half().view(torch.int16).int() + 0x20 & 0x7FC0
-        step_bits = step_bits.masked_fill(step_bits >= 0x7C00, 0x7FC0)
+        step = ((high - low) / 15).half()
+        step_bits = step.view(torch.int16).int() + 0x20 & 0x7FC0
+        step_bits = step_bits.masked_fill(~step.isfinite() | (step_bits >= 0x7C00), 0x7FC0)
         step = step_bits.to(torch.int16).view(torch.float16).float()
         zero = (60 - 4 * (low + high) / step).nan_to_num(0, 0, 0).round().clamp(0, 127)
         codes = (values / step + zero / 8).nan_to_num(0).round().clamp(0, 15).to(torch.uint8)

@@ -12,8 +12,8 @@ from vllm_sparsekv.codecs import CODECS
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {
-        "key_sparsity": 0.25,
-        "value_sparsity": 0.375,
+        "key_sparsity": 0.3125,
+        "value_sparsity": 0.3125,
         "key_dtype": "int4",
         "value_dtype": "int4",
         "window": 128,

@@ -15,6 +15,9 @@ from quality.results import Results
 SHORT_CONTEXT = 4096
 """The context whose window bytes are counted for shorter samples."""
 
+WORST_RATIO = 1.04
+"""Perplexity ratios beyond are drawn at this height, their value in the legend."""
+
 
 def rows(
     path: Path, methods: dict[str, Method], head_size: int, dtype: torch.dtype
@@ -62,11 +65,16 @@ def markdown(table: list[dict[str, object]]) -> str:
     ]
     for row in table:
         tokens = sum(text["tokens"] for text in row["texts"].values())
-        lines.append(
-            f"| {row['method']} | {row['bytes_per_token_and_head']:.1f} "
-            f"| {row['compression']:.2f}x | {row['ppl_ratio']:.4f} | {row['kl']:.4f} | {row['top1']:.3f} "
-            f"| {len(row['texts'])} texts, {tokens} |"
+        cells = (
+            row["method"],
+            f"{row['bytes_per_token_and_head']:.1f}",
+            f"{row['compression']:.2f}x",
+            f"{row['ppl_ratio']:.4f}",
+            f"{row['kl']:.4f}",
+            f"{row['top1']:.3f}",
+            f"{len(row['texts'])} texts, {tokens}",
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -79,47 +87,39 @@ def write(path: Path, methods: dict[str, Method], head_size: int, dtype: torch.d
 
 
 def draw(table: list[dict[str, object]], path: Path) -> None:
-    """Perplexity ratio and KL over bytes, ours joined by a line."""
+    """Perplexity ratio and KL over bytes; ours joined by a line, one marker per sample length."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5))
+    lengths = sorted({row["length"] for row in table})
+    rivals = sorted({row["method"] for row in table if not _is_ours(row)})
     for axis, metric, label in zip(
         axes, ("ppl_ratio", "kl"), ("perplexity ratio to dense", "KL to dense (nats)"), strict=True
     ):
-        for length in sorted({row["length"] for row in table}):
-            ours = [
-                r for r in table if r["length"] == length and r["method"].startswith("sparsekv")
-            ]
-            axis.plot(
-                [r["bytes_per_token_and_head"] for r in ours],
-                [r[metric] for r in ours],
-                "o-",
-                label=f"ours, {length} tokens",
-            )
-            rest = [r for r in table if r["length"] == length and r not in ours]
-            axis.plot(
-                [r["bytes_per_token_and_head"] for r in rest],
-                [r[metric] for r in rest],
-                "x",
-                label=f"others, {length} tokens",
-            )
-        for row in table:
-            axis.annotate(
-                row["method"],
-                (row["bytes_per_token_and_head"], row[metric]),
-                textcoords="offset points",
-                xytext=(4, 4),
-                fontsize=7,
-            )
-        axis.set_xscale("log")
+        for length, marker in zip(lengths, "os^D*v" * len(lengths), strict=False):
+            ours = [row for row in table if row["length"] == length and _is_ours(row)]
+            x = [row["bytes_per_token_and_head"] for row in ours]
+            y = [row[metric] for row in ours]
+            axis.plot(x, y, f"k{marker}-", label=f"sparsekv presets, {length} tokens")
+            for row in table:
+                if row["length"] == length and not _is_ours(row):
+                    color = pyplot.cm.tab20(rivals.index(row["method"]))
+                    shown = min(row[metric], WORST_RATIO) if metric == "ppl_ratio" else row[metric]
+                    beyond = f" ({row[metric]:.2f})" if shown < row[metric] else ""
+                    point = (row["bytes_per_token_and_head"], shown)
+                    axis.plot(*point, marker, color=color, label=f"{row['method']}{beyond}")
         axis.set_xlabel("bytes per token and KV head, window included")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
     axes[1].set_yscale("log")
+    axes[0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _is_ours(row: dict[str, object]) -> bool:
+    return row["method"].startswith("sparsekv-")

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +20,9 @@ from quality.scores import score
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go, there and back. "
 NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "What is the pass key? The pass key is"
+SCORES = ("exact_match", "f1", "rouge_l", "contains")
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -93,24 +99,27 @@ def passkey_prompt(tokenizer, length: int, depth: float, seed: int) -> tuple[lis
 
 
 def passkey(
-    model: RuleModel, tokenizer, methods: dict[str, Method], lengths: list[int], depths: list[float]
-) -> list[dict[str, object]]:
+    model: RuleModel,
+    tokenizer,
+    methods: dict[str, Method],
+    lengths: list[int],
+    depths: list[float],
+    done: list[Row],
+) -> Iterator[Row]:
     """Whether greedy decoding gives the key back, per method, length and depth.
 
     One forward pass over prompt and key decides it: every token of the key must be the most likely
-    one after those before it.
+    one after those before it. Rows in ``done`` are not computed again.
     """
-    rows = []
-    for length in lengths:
-        for depth in depths:
-            prompt, answer = passkey_prompt(tokenizer, length, depth, seed=hash((length, depth)))
-            tokens = torch.tensor(prompt + answer)
-            for name, method in methods.items():
-                hidden = model.hidden(tokens, method)[len(prompt) - 1 : -1]
-                found = model.logits(hidden).argmax(-1).tolist() == answer
-                rows.append({"method": name, "length": length, "depth": depth, "found": found})
-                print(f"passkey {length} tokens, depth {depth}, {name}: {found}", flush=True)
-    return rows
+    for length, depth in product(lengths, depths):
+        prompt, answer = passkey_prompt(tokenizer, length, depth, length + round(1000 * depth))
+        tokens = torch.tensor(prompt + answer)
+        for name, method in methods.items():
+            key = {"method": name, "length": length, "depth": depth, "settings": method.settings}
+            if _is_done(key, done):
+                continue
+            hidden = model.hidden(tokens, method)[len(prompt) - 1 : -1]
+            yield key | {"found": model.logits(hidden).argmax(-1).tolist() == answer}
 
 
 def generate(
@@ -132,20 +141,34 @@ def answer_files(
     methods: dict[str, Method],
     files: dict[Path, list[Question]],
     max_new_tokens: int,
-) -> list[dict[str, object]]:
-    """Mean scores per file and method, in percent."""
-    rows = []
+    done: list[Row],
+) -> Iterator[Row]:
+    """One row per question and method: the answer and its scores. Skips rows in ``done``."""
     for path, questions in files.items():
-        for name, method in methods.items():
-            totals: dict[str, float] = defaultdict(float)
-            for number, question in enumerate(questions, 1):
-                prompt = torch.tensor(tokenizer(question.prompt)["input_ids"])
-                stop = tokenizer.eos_token_id
-                tokens = generate(model, prompt, method, max_new_tokens, stop)
-                answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                for metric, value in score(answer, question.truths, question.all_needed).items():
-                    totals[metric] += value
-                print(f"{path.name} {number}/{len(questions)} {name}: {answer!r}", flush=True)
-            means = {metric: 100 * total / len(questions) for metric, total in totals.items()}
-            rows.append({"file": path.name, "method": name, "questions": len(questions)} | means)
-    return rows
+        for (number, question), (name, method) in product(enumerate(questions, 1), methods.items()):
+            key = {"file": path.name, "question": number, "prompt": question.prompt[-80:]}
+            key |= {"method": name, "settings": method.settings}
+            if _is_done(key, done):
+                continue
+            prompt = torch.tensor(tokenizer(question.prompt)["input_ids"])
+            tokens = generate(model, prompt, method, max_new_tokens, tokenizer.eos_token_id)
+            answer = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            result = score(answer, question.truths, question.all_needed)
+            yield key | {"answer": answer} | result
+
+
+def means(rows: list[Row], by: tuple[str, ...], metrics: tuple[str, ...]) -> list[Row]:
+    """Means of the metrics over the rows that agree in the columns ``by``, in percent."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[column] for column in by)].append(row)
+    return [
+        dict(zip(by, group, strict=True))
+        | {"rows": len(members)}
+        | {m: round(100 * sum(row[m] for row in members) / len(members), 2) for m in metrics}
+        for group, members in groups.items()
+    ]
+
+
+def _is_done(key: Row, done: list[Row]) -> bool:
+    return any(key.items() <= row.items() for row in done)

@@ -16,8 +16,17 @@ class Batch {
         const size_t row = head_size * sizeof(float);
         values_ = carver.take<uint8_t>(BATCH * row + row + OVERREAD);
         bitmap_ = carver.take<uint8_t>(BATCH * head_size / 8);
-        scales_ = carver.take<Int4Scale>(BATCH);
-        exact_ = layout.storage == FP8 ? carver.take<float>(BATCH * head_size) : nullptr;
+        units_ = carver.take<float>(BATCH);
+        ones_ = carver.take<float>(BATCH);
+        exact_ = layout.storage >= FP8 ? carver.take<float>(BATCH * head_size) : nullptr;
+    }
+
+    void begin() {
+        has_nan_ = false;
+        for (int i = 0; i < BATCH; ++i) {
+            ones_[i] = 1;
+            units_[i] = expand_unit(layout_.storage);
+        }
     }
 
     // Appends `count` pruned vectors of a tile, from entry `first` on, as number n and following.
@@ -30,13 +39,13 @@ class Batch {
             if (layout_.storage == FP8) has_nan_ |= any_fp8_nan(source, count * bytes);
             return;
         }
-        uint8_t* codes = values_ + n * layout_.survivors;
-        for (int i = 0; i < count * bytes; ++i) {
-            codes[2 * i] = source[i] & 15;
-            codes[2 * i + 1] = source[i] >> 4;
+        uint8_t* eighths = values_ + n * layout_.survivors;
+        for (int i = 0; i < count; ++i, source += bytes, eighths += layout_.survivors) {
+            const Int4Scale scale = Int4Scale::read(section.scales + (first + i) * scale_bytes(INT4));
+            units_[n + i] = scale.step / 8 * expand_unit(INT4);
+            has_nan_ |= scale.step != scale.step;
+            to_eighths(source, bytes, scale.zero, eighths);
         }
-        for (int i = 0; i < count; ++i)
-            scales_[n + i] = Int4Scale::read(section.scales + (first + i) * scale_bytes(INT4));
     }
 
     // Appends a row of the model dtype as number n.
@@ -48,23 +57,48 @@ class Batch {
     int storage(bool dense) const { return dense || has_nan_ ? DENSE : layout_.storage; }
 
     Vectors vectors(bool dense, int n) {
-        if (dense) return {values_, bitmap_, scales_, int64_t(head_size_) * 4};
+        const int64_t row = int64_t(head_size_) * sizeof(float);
+        if (dense) return {values_, bitmap_, row, ones_};
         const int bytes = layout_.survivors * survivor_bytes(layout_.storage);
-        if (!has_nan_) return {values_, bitmap_, scales_, bytes};
-        // Vector by vector as the reference does: the fast expansion of fp8 has no NaN.
+        if (!has_nan_) return {values_, bitmap_, bytes, units_};
+        // Element by element: the fast expansion knows no NaN.
         for (int i = 0; i < n; ++i) {
             const uint8_t* survivor = values_ + i * bytes;
             for (int d = 0; d < head_size_; ++d) {
                 const bool kept = bitmap_[(i * head_size_ + d) / 8] >> d % 8 & 1;
-                exact_[i * head_size_ + d] = kept ? fp8_to_float(*survivor++) : 0.f;
+                exact_[i * head_size_ + d] = kept ? exact(*survivor++, i) : 0.f;
             }
         }
-        return {reinterpret_cast<const uint8_t*>(exact_), bitmap_, scales_, int64_t(head_size_) * 4};
+        return {reinterpret_cast<const uint8_t*>(exact_), bitmap_, row, ones_};
     }
 
-    void clear() { has_nan_ = false; }
-
   private:
+    // int4 codes, two a byte, to 8 * code - zero. May read 15 bytes more, which the scales that
+    // follow in every tile cover, and write 30.
+    static void to_eighths(const uint8_t* source, int bytes, int zero, uint8_t* out) {
+#if defined(__AVX2__)
+        const __m128i low_bits = _mm_set1_epi8(15), zeros = _mm_set1_epi8(static_cast<char>(zero));
+        for (int i = 0; i < bytes; i += 16) {
+            const __m128i x = _mm_loadu_si128((const __m128i*)(source + i));
+            const __m128i even = _mm_and_si128(x, low_bits), odd = _mm_and_si128(_mm_srli_epi16(x, 4), low_bits);
+            const __m128i first = _mm_slli_epi16(_mm_unpacklo_epi8(even, odd), 3);
+            const __m128i second = _mm_slli_epi16(_mm_unpackhi_epi8(even, odd), 3);
+            _mm_storeu_si128((__m128i*)(out + 2 * i), _mm_sub_epi8(first, zeros));
+            _mm_storeu_si128((__m128i*)(out + 2 * i + 16), _mm_sub_epi8(second, zeros));
+        }
+#else
+        for (int i = 0; i < bytes; ++i) {
+            out[2 * i] = static_cast<uint8_t>((source[i] & 15) * 8 - zero);
+            out[2 * i + 1] = static_cast<uint8_t>((source[i] >> 4) * 8 - zero);
+        }
+#endif
+    }
+
+    float exact(uint8_t survivor, int i) const {
+        if (layout_.storage == FP8) return fp8_to_float(survivor);
+        return static_cast<int8_t>(survivor) * (units_[i] / expand_unit(INT4));
+    }
+
     static bool any_fp8_nan(const uint8_t* p, int count) {
         uint8_t found = 0;
         for (int i = 0; i < count; ++i) found |= (p[i] & 0x7f) == 0x7f;
@@ -74,7 +108,7 @@ class Batch {
     int head_size_ = 0;
     VectorLayout layout_{};
     uint8_t *values_ = nullptr, *bitmap_ = nullptr;
-    Int4Scale* scales_ = nullptr;
+    float *units_ = nullptr, *ones_ = nullptr;
     float* exact_ = nullptr;
     bool has_nan_ = false;
 };

@@ -23,6 +23,8 @@ class Worker {
         carve(count);
         Carver carver(memory().reserve(count.used()));
         carve(carver);
+        key_.begin();
+        value_.begin();
     }
 
     // Attends one unit; a request in parts leaves its result in `partials`.
@@ -103,8 +105,8 @@ class Worker {
         const int context = unit_.request->context, block_size = call_.block_size;
         const int32_t* table = call_.block_table + unit_.index * call_.block_table_stride;
         for (int64_t block = first; block < last; ++block) {
-            const Tile<const uint8_t> tile(
-                call_.pages + table[block] * call_.page_stride + unit_.head * call_.page_head_stride, block_size, layout_);
+            const Tile<const uint8_t> tile(page_tile(table[block]), block_size, layout_);
+            if (block + 1 < last) expect(page_tile(table[block + 1]));
             const int start = static_cast<int>(block) * block_size;
             const int end = start + block_size < context ? start + block_size : context;
             for (int i = start; i < end;) {
@@ -123,6 +125,24 @@ class Worker {
             }
         }
         fold(Source::PAGES);
+    }
+
+    const uint8_t* page_tile(int32_t block) const {
+        return call_.pages + block * call_.page_stride + unit_.head * call_.page_head_stride;
+    }
+
+    // The tile that is read next; prefetch() asks for a quarter of it, so that the loads spread over
+    // the work on the tile before.
+    void expect(const uint8_t* tile) {
+        expected_ = tile;
+        expected_end_ = tile + call_.block_size * layout_.token_bytes();
+        prefetch();
+    }
+
+    void prefetch() {
+        const int64_t quarter = call_.block_size * layout_.token_bytes() / 4 + 64;
+        const uint8_t* stop = expected_end_ - expected_ < quarter ? expected_end_ : expected_ + quarter;
+        for (; expected_ < stop; expected_ += 64) __builtin_prefetch(expected_, 0, 2);
     }
 
     // The ring's dense copy of a computed position, or nullptr where it must be read pruned.
@@ -175,11 +195,14 @@ class Worker {
         const bool dense = source == Source::DENSE_ROWS;
         const Vectors key = key_.vectors(dense, batch_), value = value_.vectors(dense, batch_);
         const int key_storage = key_.storage(dense), value_storage = value_.storage(dense);
+        prefetch();
         if (rows_ < MATRIX_ROWS) {
             for (int row = 0; row < rows_; row += ROW_BLOCK)
                 score_kernel(key_storage, block_rows(row))(
                     query_ + row * size_, key, batch_, size_, scores_ + row * BATCH);
-            weigh(dense, key_storage, value_storage);
+            prefetch();
+            weigh(dense, key, value);
+            prefetch();
             for (int row = 0; row < rows_; row += ROW_BLOCK)
                 weigh_kernel(value_storage, block_rows(row))(
                     scores_ + row * BATCH, value, batch_, size_, result_.weighted + row * size_);
@@ -187,14 +210,14 @@ class Worker {
             const int columns = round_up(batch_, LANES);
             transpose_rows(dense_rows(key_storage, key), columns, size_, transposed_);
             product(query_, size_, transposed_, BATCH, scores_, BATCH, rows_, size_, columns, false);
-            weigh(dense, key_storage, value_storage);
+            weigh(dense, key, value);
             product(scores_, BATCH, dense_rows(value_storage, value), size_, result_.weighted, size_, rows_,
                     batch_, size_, true);
         }
         if (dense) step_begin_ -= batch_;
         batch_ = 0;
-        key_.clear();
-        value_.clear();
+        key_.begin();
+        value_.begin();
     }
 
     int block_rows(int row) const { return rows_ - row < ROW_BLOCK ? rows_ - row : ROW_BLOCK; }
@@ -205,11 +228,10 @@ class Worker {
         return dense_;
     }
 
-    void weigh(bool dense, int key_storage, int value_storage) {
+    void weigh(bool dense, const Vectors& key, const Vectors& value) {
         for (int row = 0; row < rows_; ++row) {
             const int keys = dense ? visible(row / plan_.group) : batch_;
-            result_.weigh(scores_ + row * BATCH, row, keys, batch_, size_, expand_unit(key_storage),
-                          expand_unit(value_storage));
+            result_.weigh(scores_ + row * BATCH, row, keys, batch_, size_, key.units, value.units);
         }
     }
 
@@ -239,6 +261,7 @@ class Worker {
 
     int batch_ = 0;  // keys collected
     Batch key_, value_;
+    const uint8_t *expected_ = nullptr, *expected_end_ = nullptr;
     float *dense_ = nullptr, *transposed_ = nullptr;
     int step_begin_ = 0;  // column of the batch where the step's tokens begin, negative if before it
 };

@@ -51,11 +51,11 @@ inline void product(
                         accumulate);
 }
 
-// n vectors to dense rows of head_size floats, less the factor expand_unit().
+// n vectors to dense rows of head_size floats, without their units.
 template <int STORAGE>
 void expand_rows(const Vectors& x, int n, int head_size, float* out) {
     for (int i = 0; i < n; ++i) {
-        Walk<STORAGE> walk(x.values + i * x.stride, x.bitmap + i * (head_size / 8), x.scales + i);
+        Walk<STORAGE> walk(x.values + i * x.stride, x.bitmap + i * (head_size / 8));
         for (int d = 0; d < head_size; d += LANES) store(out + i * head_size + d, walk.next());
     }
 }

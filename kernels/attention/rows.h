@@ -17,23 +17,17 @@ constexpr int DENSE = -1;  // float32 rows without a bitmap, beside the numbers 
 struct Vectors {
     const uint8_t* values;    // `stride` bytes each
     const uint8_t* bitmap;    // head_size / 8 bytes each, unless DENSE
-    const Int4Scale* scales;  // if INT4
     int64_t stride;
+    const float* units;  // what each counts in, BATCH of them
 };
 
 // Walks one vector, LANES elements at a time.
 template <int STORAGE>
 struct Walk {
     const uint8_t *values, *bitmap;
-    F low, step;
 
     Walk() = default;
-    Walk(const uint8_t* values, const uint8_t* bitmap, const Int4Scale* scale) : values(values), bitmap(bitmap) {
-        if constexpr (STORAGE == INT4) {
-            low = broadcast(scale->low);
-            step = broadcast(scale->step);
-        }
-    }
+    Walk(const uint8_t* values, const uint8_t* bitmap) : values(values), bitmap(bitmap) {}
 
     F next() {
         if constexpr (STORAGE == DENSE) {
@@ -42,7 +36,7 @@ struct Walk {
             return x;
         } else {
             const uint64_t bits = load_bits(bitmap);
-            const F x = expand<STORAGE>(values, bits, low, step);
+            const F x = expand<STORAGE>(values, bits);
             values += survivor_bytes(STORAGE) * uint64_t(static_cast<unsigned>(__builtin_popcount(bits)));
             bitmap += sizeof(Bits);
             return x;
@@ -50,17 +44,17 @@ struct Walk {
     }
 };
 
-// scores[row * BATCH + i] = query[row] . key[i]; columns n up to a multiple of 4 hold junk.
+// scores[row * BATCH + i] = query[row] . key[i], without the unit; columns n up to a multiple of 4 hold junk.
 template <int STORAGE, int ROWS>
 void score_rows(const float* query, const Vectors& key, int n, int head_size, float* scores) {
-    constexpr int TOGETHER = ROWS <= 3 ? 4 : 2;  // keys that share a load of the query
+    constexpr int TOGETHER = ROWS <= 2 ? 4 : 2;  // keys that share a load of the query
     const uint8_t *values = key.values, *bitmap = key.bitmap;
     for (int i = 0; i < n; i += 4) {
         F partial[4][ROWS];
         for (int first = 0; first < 4; first += TOGETHER) {
             Walk<STORAGE> walk[TOGETHER];
             for (int j = 0; j < TOGETHER; ++j) {
-                walk[j] = Walk<STORAGE>(values, bitmap, key.scales + i + first + j);
+                walk[j] = Walk<STORAGE>(values, bitmap);
                 values += key.stride;
                 bitmap += unsigned(head_size) / 8;
             }
@@ -90,7 +84,7 @@ inline void weigh_columns(
         for (int w = 0; w < WIDTH; ++w) sums[row][w] = load(out + row * head_size + d + w * LANES);
     const uint8_t* bitmap = value.bitmap + d / 8;
     for (int i = 0; i < n; ++i, bitmap += unsigned(head_size) / 8) {
-        Walk<STORAGE> walk(begin[i], bitmap, value.scales + i);
+        Walk<STORAGE> walk(begin[i], bitmap);
         F weight[ROWS];
         for (int row = 0; row < ROWS; ++row) weight[row] = broadcast(weights[row * BATCH + i]);
         for (int w = 0; w < WIDTH; ++w) {
@@ -103,7 +97,8 @@ inline void weigh_columns(
         for (int w = 0; w < WIDTH; ++w) store(out + row * head_size + d + w * LANES, sums[row][w]);
 }
 
-// out[row] += sum_i weights[row * BATCH + i] * value[i], rows of head_size floats.
+// out[row] += sum_i weights[row * BATCH + i] * value[i], rows of head_size floats; the weights hold
+// the units.
 template <int STORAGE, int ROWS>
 void weigh_rows(const float* weights, const Vectors& value, int n, int head_size, float* out) {
     constexpr int WIDTH = ROWS == 1 ? 8 : ROWS == 2 ? 4 : ROWS == 3 ? 3 : 2;  // the sums fit registers

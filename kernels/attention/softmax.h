@@ -27,20 +27,25 @@ struct Accumulator {
     }
 
     // Scores of a row's first `visible` keys to weights, in place; those of the n - visible others
-    // and of the padding up to a multiple of LANES become 0. Scores count in score_unit, weights in
-    // weight_unit.
-    void weigh(float* scores, int row, int visible, int n, int head_size, float score_unit, float weight_unit) {
+    // and of the padding up to a multiple of LANES become 0. The scores lack the keys' units, the
+    // weights include the values' units.
+    void weigh(
+        float* scores, int row, int visible, int n, int head_size, const float* key_units,
+        const float* value_units) {
         const int padded = round_up(n, LANES);
-        for (int i = visible; i < padded; ++i) scores[i] = -INFINITY;
-        F greatest = load(scores);
-        for (int i = LANES; i < padded; i += LANES) greatest = max(load(scores + i), greatest);
-        const float seen = largest(greatest) * score_unit;
+        F greatest = broadcast(-INFINITY);
+        for (int i = 0; i < padded; i += LANES) {
+            store(scores + i, load(scores + i) * load(key_units + i));
+            for (int j = visible > i ? visible : i; j < i + LANES; ++j) scores[j] = -INFINITY;
+            greatest = max(load(scores + i), greatest);
+        }
+        const float seen = largest(greatest);
         if (!(seen <= maximum[row])) rescale(row, seen, head_size);
         const float shift = maximum[row] == -INFINITY ? 0.f : maximum[row];
         F sums{};
         for (int i = 0; i < padded; i += LANES) {
-            const F w = exp2(load(scores + i) * score_unit - shift);
-            store(scores + i, w * weight_unit);
+            const F w = exp2(load(scores + i) - shift);
+            store(scores + i, w * load(value_units + i));
             sums += w;
         }
         total[row] += sum(sums);

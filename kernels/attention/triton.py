@@ -1,7 +1,7 @@
 """Paged attention over sparse pages in Triton: split-KV, one pass over pages, window and step.
 
 One program attends with a tile of queries of one request and one KV head: the query heads that share
-the KV head are rows of one matrix product (GQA packed in M). It walks its share of the pruned
+the KV head are columns of one matrix product (GQA packed), tokens its rows. It walks its share of the pruned
 history tile by tile, the first split also the dense window and the step's own keys and values, and
 leaves a softmax-weighted sum with its log-sum-exp; a second kernel merges the splits. Grid and
 splits follow from tensor shapes alone, so a launch can be captured in a CUDA graph and replayed.
@@ -23,6 +23,8 @@ from vllm_sparsekv.kernels.triton import AUTO, INT4, find_request, vector_consta
 LOG2_E = 1.4426950408889634
 MIN_TILES = tl.constexpr(4)
 """History tiles that make a split worth its merge."""
+MAX_ROWS = 32
+"""Query rows of a program, unless one group of heads already has more."""
 DENSE_TILE = 32
 """Window or step tokens read at once."""
 
@@ -31,7 +33,7 @@ class Launch(NamedTuple):
     """Sizes of a launch, from shapes only.
 
     Attributes:
-        rows: M, query rows of a program (tokens times heads of a group), a power of two >= 16.
+        rows: query rows of a program (tokens times heads of a group), a power of two >= 8.
         tile: history tokens unpacked at once.
         splits: parts each history is cut into.
         num_warps: warps of a program.
@@ -153,12 +155,24 @@ def choose_launch(
     num_tokens, num_heads, size = query.shape
     group = num_heads // num_kv_heads
     wanted = triton.next_power_of_2(triton.cdiv(num_tokens, num_reqs) * group)
-    rows = max(min(wanted, 64 if size <= 128 else 32), 16, triton.next_power_of_2(group))
-    tile = 64 if size <= 128 else 32
+    rows = max(min(wanted, MAX_ROWS), 8, triton.next_power_of_2(group))
+    tile, num_warps = tile_and_warps(rows, size)
     programs = (num_tokens // (rows // group) + num_reqs) * num_kv_heads
     useful = triton.cdiv(max_context, tile * MIN_TILES.value)
     splits = max(1, min(4 * _multiprocessors(query.device) // programs, useful))
-    return Launch(rows, tile, splits, num_warps=4)
+    return Launch(rows, tile, splits, num_warps)
+
+
+def tile_and_warps(rows: int, size: int) -> tuple[int, int]:
+    """Tile and warps with the fewest instructions per element that do not spill.
+
+    Two warps a program keep Triton from Hopper's warpgroup instructions, whose fences cost more than
+    they save on so few rows.
+    """
+    wide = triton.next_power_of_2(size) > 128
+    if rows <= 16:
+        return 32, 4 if wide and rows > 8 else 2
+    return (32, 8) if wide or rows > MAX_ROWS else (64, 4)
 
 
 @cache
@@ -313,7 +327,7 @@ def _attend(
     V_DTYPE: tl.constexpr = q.dtype if V_CODEC == AUTO or not WORDS else tl.float16
     k_query = q
     k_scale = tl.full([ROWS], 1.0, tl.float32) * scale
-    if K_DTYPE != q.dtype:
+    if q.dtype != K_DTYPE:
         k_query, row_scale = _in_float16(q)
         k_scale *= row_scale
     if K_CODEC == INT4 and WORDS:
@@ -322,10 +336,11 @@ def _attend(
 
     # Sums over tokens stay apart by their place in the tile until all tiles are done.
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    totals = tl.zeros([ROWS, TILE], tl.float32)
-    zeros = tl.zeros([ROWS, TILE], tl.float32)
+    totals = tl.zeros([TILE, ROWS], tl.float32)
+    zeros = tl.zeros([TILE, ROWS], tl.float32)
     largest = 1e-30
-    weighted = tl.zeros([ROWS, PADDED], tl.float32)
+    weighted = tl.zeros([PADDED, ROWS], tl.float32)
+    query_columns = tl.trans(k_query)
 
     # The ring's tags decide which of the last WINDOW tokens of the history it replaces.
     tags += head * tag_head_stride + 2 * D * query.dtype.element_ty.primitive_bitwidth // 32
@@ -376,11 +391,11 @@ def _attend(
                 False,
                 CONVERTS_FP8,
             )
-            scores = tl.dot(k_query, tl.trans(k), input_precision="ieee")
+            scores = tl.dot(k, query_columns, input_precision="ieee")
             if K_CODEC == INT4 and WORDS:
-                scores = (scores - query_sum[:, None] * k_zero[None, :]) * k_step[None, :]
+                scores = (scores - query_sum[None, :] * k_zero[:, None]) * k_step[:, None]
             if masked:
-                scores = tl.where(visible[None, :], scores, float("-inf"))
+                scores = tl.where(visible[:, None], scores, float("-inf"))
             v, v_step, v_zero = unpack_tile(
                 page + (BLOCK_SIZE + offset) * (D // 8),
                 page + (V_VALUES_AT + offset * V_VALUE_BYTES),
@@ -394,26 +409,30 @@ def _attend(
                 K_SCALE_BYTES + V_SCALE_BYTES == 0,
                 CONVERTS_FP8,
             )
-            raised = tl.maximum(maximum, tl.max(scores, axis=1) * k_scale)
+            raised = tl.maximum(maximum, tl.max(scores, axis=0) * k_scale)
             shift = tl.where(raised == float("-inf"), 0.0, raised) if masked else raised
-            weights = tl.exp2(scores * k_scale[:, None] - shift[:, None])
+            weights = tl.exp2(scores * k_scale[None, :] - shift[None, :])
             correction = tl.exp2(maximum - shift)
             maximum = raised
-            totals = totals * correction[:, None] + weights
+            totals = totals * correction[None, :] + weights
             if V_CODEC == INT4 and WORDS:
                 # Steps join the weights, over the largest so far so that they fit float16.
                 larger = tl.maximum(largest, tl.max(v_step, axis=0))
                 correction *= largest / larger
                 largest = larger
-                weights *= (v_step * (1 / largest))[None, :]
-                zeros = zeros * correction[:, None] + weights * v_zero[None, :]
+                weights *= (v_step * (1 / largest))[:, None]
+                zeros = zeros * correction[None, :] + weights * v_zero[:, None]
             weighted = tl.dot(
-                weights.to(v.dtype), v, weighted * correction[:, None], input_precision="ieee"
+                tl.trans(v),
+                weights.to(v.dtype),
+                weighted * correction[None, :],
+                input_precision="ieee",
             )
-    total = tl.sum(totals, axis=1)
+    total = tl.sum(totals, axis=0)
     if V_CODEC == INT4 and WORDS:
-        zero = tl.sum(zeros, axis=1) * INT4_ZERO
-        weighted = (weighted - zero[:, None]) * (largest * INT4_STEP)
+        zero = tl.sum(zeros, axis=0) * INT4_ZERO
+        weighted = (weighted - zero[None, :]) * (largest * INT4_STEP)
+    weighted = tl.trans(weighted)
 
     if split == 0:
         if WINDOW > 0:

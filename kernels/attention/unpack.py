@@ -72,9 +72,7 @@ def unpack_tile(
             CONVERTS_FP8,
         )
     else:
-        tile = unpack_elements(
-            bitmap_at, values_at, step, zero, visible, D, PADDED, CODEC, DTYPE
-        )
+        tile = unpack_elements(bitmap_at, values_at, step, zero, visible, D, PADDED, CODEC, DTYPE)
     return tile, step, zero
 
 
@@ -145,7 +143,7 @@ def unpack_words(
 
 @triton.jit
 def _run(TEXT: tl.constexpr, OPERANDS: tl.constexpr, arguments, DTYPE: tl.constexpr):
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         return tl.inline_asm_elementwise(
             TEXT, OPERANDS, arguments, (tl.bfloat16,) * 32, is_pure=True, pack=1
         )

@@ -12,7 +12,7 @@ inline int storage_bits(int storage) {
     constexpr int BITS[] = {32, 16, 16, 8, 4};
     return BITS[storage];
 }
-inline int scale_bytes(int storage) { return storage == INT4 ? 4 : 0; }
+inline int scale_bytes(int storage) { return storage == INT4 ? 2 : 0; }
 
 template <class To, class From>
 inline To bit_cast(From x) {
@@ -26,15 +26,19 @@ inline To bit_cast(From x) {
 
 inline float bfloat16_to_float(uint16_t x) { return bit_cast<float>(uint32_t(x) << 16); }
 
-// Both small formats share one scheme: move exponent and mantissa into place, rebias, and let a
-// subtraction normalise what was subnormal.
+// Both small formats share one scheme: move exponent and mantissa into place, change the bias, and
+// let a subtraction normalise what was subnormal.
 inline float float16_to_float(uint16_t x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x);
+#else
     uint32_t bits = uint32_t(x & 0x7fff) << 13;
     const uint32_t exponent = bits & 0x0f800000;
     bits += 112u << 23;
     if (exponent == 0x0f800000) bits += 112u << 23;
     if (exponent == 0) bits = bit_cast<uint32_t>(bit_cast<float>(bits + (1u << 23)) - 0x1p-14f);
     return bit_cast<float>(bits | uint32_t(x & 0x8000) << 16);
+#endif
 }
 
 inline float fp8_to_float(uint8_t x) {
@@ -94,14 +98,19 @@ inline uint8_t float_to_fp8(float x) {
     return static_cast<uint8_t>(out | bits >> 31 << 7);
 }
 
-// The scales of an int4 vector (codecs.Int4Codec): value = low + step * code.
+// The scale of an int4 vector (codecs.Int4Codec): value = step * (code - zero / 8). As integers in
+// eighths of a step, 8 * code - zero, survivors fit a signed byte.
 struct Int4Scale {
-    float low, step;
+    float step;  // NaN for a vector that holds one
+    int zero;
 
-    static Int4Scale read(const uint8_t* scales) {
-        uint16_t half[2];
-        memcpy(half, scales, sizeof half);
-        return {float16_to_float(half[0]), float16_to_float(half[1])};
+    static Int4Scale from_bits(uint16_t bits) {
+        return {float16_to_float(bits >> 1 & 0x7fc0), bits & 127};
+    }
+    static Int4Scale read(const uint8_t* scale) {
+        uint16_t bits;
+        memcpy(&bits, scale, sizeof bits);
+        return from_bits(bits);
     }
 };
 

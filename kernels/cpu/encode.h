@@ -6,31 +6,34 @@
 namespace sparsekv {
 
 inline void encode_int4(const float* x, int survivors, uint8_t* values, uint8_t* scales) {
-    float smallest = x[0], greatest = x[0];
-    for (int i = 1; i < survivors; ++i) {
+    constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+    float low = 0, high = 0;
+    for (int i = 0; i < survivors; ++i) {
         // Once a NaN, always a NaN.
-        smallest = x[i] < smallest || x[i] != x[i] ? x[i] : smallest;
-        greatest = x[i] > greatest || x[i] != x[i] ? x[i] : greatest;
+        low = x[i] < low || x[i] != x[i] ? x[i] : low;
+        high = x[i] > high || x[i] != x[i] ? x[i] : high;
     }
-    uint16_t half[2];
-    half[0] = float_to_float16(smallest);
-    const float low = float16_to_float(half[0]);
-    half[1] = float_to_float16((greatest - low) / 15);
-    const float step = float16_to_float(half[1]);
+    uint32_t step_bits = (float_to_float16((high - low) / 15) + 0x20u) & 0x7fc0;
+    if (step_bits >= 0x7c00) step_bits = 0x7fc0;
+    const float step = Int4Scale::from_bits(static_cast<uint16_t>(step_bits << 1)).step;
+
+    float zero = 60 - 4 * (low + high) / step;
+    if (!(zero - zero == 0)) zero = 0;  // Inf or NaN
+    zero = zero > 0 ? zero : 0;
+    zero = (zero < 127 ? zero : 127) + ROUND - ROUND;
+    const uint16_t bits = static_cast<uint16_t>(step_bits << 1 | static_cast<uint32_t>(zero));
+    memcpy(scales, &bits, sizeof bits);
+
     for (int i = 0; i < survivors; i += 2) {
         uint8_t code[2];
         for (int j = 0; j < 2; ++j) {
-            float y = (x[i + j] - low) / step;
+            float y = x[i + j] / step + zero / 8;
             y = y > 0 ? y : 0;  // NaN too
-            y = y < 15 ? y : 15;
-            constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
-            code[j] = static_cast<uint8_t>((y + ROUND) - ROUND);
+            y = (y < 15 ? y : 15) + ROUND - ROUND;
+            code[j] = static_cast<uint8_t>(y);
         }
         values[i / 2] = static_cast<uint8_t>(code[0] | code[1] << 4);
     }
-    // x - x is 0 unless x is Inf or NaN.
-    if (!(low - low == 0 && step - step == 0)) half[0] = 0x7e00;
-    memcpy(scales, half, sizeof half);
 }
 
 // `survivors` values of one vector.

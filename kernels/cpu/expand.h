@@ -1,7 +1,7 @@
 // From a bitmap and packed survivors to lanes of float32.
 //
-// In working memory survivors keep the form of their page, except that int4 codes take a byte
-// each. AVX2 has no expand instruction; tables indexed by a bitmap byte hold the byte shuffle that
+// In working memory survivors keep the form of their page, except that int4 takes a signed
+// byte each (Int4Scale). AVX2 has no expand instruction; tables indexed by a bitmap byte hold the byte shuffle that
 // moves the next survivors to their lanes, which often converts them at the same time.
 #pragma once
 
@@ -48,17 +48,7 @@ inline constexpr Shuffles<1, 1, 0> TO_LANE;         // which survivor, negative 
 inline constexpr Shuffles<4, 2, 2> BF16_TO_FLOAT;   // into the upper half
 inline constexpr Shuffles<2, 2, 0> FP16_TO_FP16;
 inline constexpr Shuffles<2, 1, 1> FP8_TO_FP16;     // into the upper half
-inline constexpr Shuffles<4, 1, 0> CODE_TO_INT32;
-
-struct LaneMasks {
-    alignas(64) int32_t table[256][8];
-    constexpr LaneMasks() : table{} {
-        for (int bits = 0; bits < 256; ++bits)
-            for (int lane = 0; lane < 8; ++lane) table[bits][lane] = bits >> lane & 1 ? -1 : 0;
-    }
-    __m256 mask(uint64_t bits) const { return _mm256_load_ps((const float*)table[bits]); }
-};
-inline constexpr LaneMasks LANE_MASKS;
+inline constexpr Shuffles<4, 1, 3> BYTE_TO_INT32;   // into the upper byte
 #endif
 
 #if defined(__AVX2__)
@@ -68,13 +58,18 @@ inline __m128i fp8_to_half(__m128i x) {
 }
 #endif
 
-// What expand() leaves out: its result is to be multiplied by this.
-constexpr float expand_unit(int storage) { return storage == FP8 ? 256.f : 1.f; }
+// What expand() leaves out: its result counts in this unit; for int4 times step / 8.
+constexpr float expand_unit(int storage) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if (storage == INT4) return 0x1p-24f;
+#endif
+    return storage == FP8 ? 256.f : 1.f;
+}
 
 // The next survivors at p, each in the lane whose bit is set, 0 elsewhere. May read 64 bytes.
-// FP8 survivors must hold no NaN; `low` and `step` are those of an int4 vector.
+// FP8 survivors must hold no NaN.
 template <int STORAGE>
-inline F expand(const uint8_t* p, uint64_t bits, F low, F step) {
+inline F expand(const uint8_t* p, uint64_t bits) {
 #if defined(__AVX512F__)
     if constexpr (STORAGE == FLOAT32) {
         return _mm512_maskz_expand_ps(bits, _mm512_loadu_ps(p));
@@ -88,8 +83,7 @@ inline F expand(const uint8_t* p, uint64_t bits, F low, F step) {
             const __m256i half = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(byte), 8), 1);
             return _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff)));
         }
-        const F code = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(byte));
-        return _mm512_fmadd_ps(code, step, _mm512_maskz_mov_ps(bits, low));
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(byte));
     }
 #elif defined(__AVX2__)
     if constexpr (STORAGE == FLOAT32) {
@@ -111,15 +105,14 @@ inline F expand(const uint8_t* p, uint64_t bits, F low, F step) {
         return _mm256_cvtph_ps(fp8_to_half(_mm_shuffle_epi8(next, FP8_TO_FP16.half(bits))));
     } else {
         const __m256i next = _mm256_castpd_si256(_mm256_broadcast_sd((const double*)p));
-        const __m256i code = _mm256_shuffle_epi8(next, CODE_TO_INT32.full(bits));
-        return _mm256_fmadd_ps(_mm256_cvtepi32_ps(code), step, _mm256_and_ps(low, LANE_MASKS.mask(bits)));
+        return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(next, BYTE_TO_INT32.full(bits)));
     }
 #else
     F out{};
     for (int lane = 0, rank = 0; lane < LANES; ++lane) {
         if (!(bits >> lane & 1)) continue;
         const uint8_t* survivor = p + survivor_bytes(STORAGE) * rank++;
-        out[lane] = STORAGE == INT4 ? low[lane] + step[lane] * *survivor
+        out[lane] = STORAGE == INT4 ? static_cast<int8_t>(*survivor)
                                     : one_value(STORAGE, survivor) / expand_unit(STORAGE);
     }
     return out;

@@ -26,6 +26,10 @@ struct Layout {
     int element_bytes() const { return storage_bits(storage) / 8; }
     int row_bytes() const { return head_size * element_bytes(); }
     int slot_bytes() const { return 2 * row_bytes() + 8; }
+    int token_bytes() const {
+        return 2 * bitmap_bytes() + key.value_bytes() + value.value_bytes() + scale_bytes(key.storage) +
+               scale_bytes(value.storage);
+    }
 };
 
 template <class Byte>

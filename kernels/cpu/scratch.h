@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <cstdlib>
 
 namespace sparsekv {
@@ -31,7 +32,7 @@ class Scratch {
 // Hands out consecutive 64-byte aligned arrays; with a null base it only counts.
 class Carver {
   public:
-    explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+    explicit Carver(void* base) : base_(reinterpret_cast<uintptr_t>(base)) {}
 
     template <class T>
     T* take(size_t count) {
@@ -42,7 +43,7 @@ class Carver {
     size_t used() const { return used_; }
 
   private:
-    char* base_;
+    uintptr_t base_;
     size_t used_ = 0;
 };
 

@@ -78,9 +78,9 @@ def _write_window(
         length = tl.load(seq_lens + request)
         position = length - tl.load(query_start_loc + request + 1) + token
         place = position % ring
-        block = tl.load(
-            window_block_table + request * table_stride + place // SLOTS_PER_BLOCK
-        ).to(tl.int64)
+        block = tl.load(window_block_table + request * table_stride + place // SLOTS_PER_BLOCK).to(
+            tl.int64
+        )
         if position >= length - ring and block > 0:
             slot = place % SLOTS_PER_BLOCK
             element = tl.arange(0, PADDED)

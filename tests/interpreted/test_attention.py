@@ -10,9 +10,9 @@ from ragged import RAGGED_MATRIX
 from vllm_sparsekv.kernels.attention import triton as attention
 
 TRITON = Ops(REFERENCE.pack, attention.sparse_attention, REFERENCE.write_window)
-SLACK = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}
+SLACK = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 1.2e-2}
 """Softmax weights meet the values in the values' type; the rest is float32."""
-MAX_HISTORY = 1100
+MAX_HISTORY = 600
 """Tokens of history; the interpreter takes a second for some hundred."""
 
 

@@ -71,7 +71,8 @@ def test_infinities_and_nans_survive_alike(dtype, codec):
     x[0, 0, 5], x[1, 0, 6], x[2, 0, 7] = torch.inf, -torch.inf, torch.nan
     x[3, 0, 8:10] = torch.tensor([torch.inf, torch.nan])
     ours, reference = (
-        fmt.sections(packed(implementation, x, fmt)[1:]) for implementation in (pack, REFERENCE.pack)
+        fmt.sections(packed(implementation, x, fmt)[1:])
+        for implementation in (pack, REFERENCE.pack)
     )
     assert_same_bytes(ours.key_bitmap, reference.key_bitmap)
     assert_same_bytes(ours.value_bitmap, reference.value_bitmap)
@@ -80,9 +81,7 @@ def test_infinities_and_nans_survive_alike(dtype, codec):
     torch.testing.assert_close(*decoded, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize(
-    "spec", [s for s in RAGGED_MATRIX if s.history_tokens <= 130], ids=str
-)
+@pytest.mark.parametrize("spec", [s for s in RAGGED_MATRIX if s.history_tokens <= 130], ids=str)
 def test_ragged_matrix(spec):
     ours, reference = build_case(spec, TRITON), build_case(spec)
     assert_same_bytes(ours.pages, reference.pages)

@@ -1,0 +1,123 @@
+// Runs the native kernels on exactly sized heap memory, for AddressSanitizer and UBSan: any access
+// outside the pages, the window or the tensors aborts. Prints the number of batches run.
+
+#include <cstdio>
+#include <memory>
+#include <random>
+
+#include "../../kernels/attention/cpu.cpp"
+#include "../../kernels/pack/cpu.cpp"
+#include "../../kernels/window/cpu.cpp"
+
+using namespace sparsekv;
+
+namespace {
+
+std::mt19937 rng(0);
+
+template <class T>
+struct Array {
+    std::unique_ptr<T[]> data;
+    explicit Array(size_t n) : data(new T[n]()) {}
+    operator T*() const { return data.get(); }
+};
+
+void fill(uint8_t* out, int storage, size_t n) {
+    std::normal_distribution<float> normal;
+    for (size_t i = 0; i < n; ++i) {
+        const float x = normal(rng);
+        encode_row(storage, &x, 1, out + i * storage_bits(storage) / 8);
+    }
+}
+
+struct Shape {
+    int head_size, group, block_size, window, model, key_storage, value_storage, threads;
+};
+
+// Writes a history of random lengths token by token, then attends and stores one ragged step.
+void run_batch(const Shape& shape) {
+    const int kv_heads = 2, heads = kv_heads * shape.group, num_reqs = 4;
+    const auto survivors = [&](int divisor) { return (shape.head_size / divisor + 3) / 4 * 4; };
+    const Layout layout{shape.head_size, shape.model, shape.window, {survivors(2), shape.key_storage},
+                        {survivors(3), shape.value_storage}};
+    const int64_t token_bytes = 2 * layout.bitmap_bytes() + layout.key.value_bytes() + layout.value.value_bytes() +
+                                scale_bytes(shape.key_storage) + scale_bytes(shape.value_storage);
+    const int64_t tile = shape.block_size * token_bytes;
+    const int slots = 4, ring_blocks = (shape.window + slots - 1) / slots;
+
+    Array<int32_t> starts(num_reqs + 1), seq_lens(num_reqs);
+    const int queries[num_reqs] = {1, 0, 3, 40};
+    int longest = 0;
+    for (int i = 0; i < num_reqs; ++i) {
+        starts[i + 1] = starts[i] + queries[i];
+        seq_lens[i] = queries[i] + static_cast<int>(rng() % 300);
+        longest = std::max(longest, seq_lens[i]);
+    }
+    const int max_blocks = (longest + shape.block_size - 1) / shape.block_size;
+    const int num_blocks = 1 + num_reqs * (max_blocks + ring_blocks);
+    Array<int32_t> table(num_reqs * max_blocks), ring_table(num_reqs * std::max(ring_blocks, 1));
+    for (int i = 0; i < num_reqs * max_blocks; ++i) table[i] = 1 + i;
+    for (int i = 0; i < num_reqs * ring_blocks; ++i) ring_table[i] = 1 + num_reqs * max_blocks + i;
+
+    Array<uint8_t> pages(num_blocks * kv_heads * tile);
+    const int64_t slot_tile = int64_t(slots) * layout.slot_bytes();
+    Array<uint8_t> window(shape.window ? num_blocks * kv_heads * slot_tile : 1);
+
+    // `count` tokens per request, from position first[i] on.
+    const auto step = [&](const int32_t* counts, const int32_t* ends, bool attend) {
+        const int tokens = counts[num_reqs];
+        const size_t row = layout.row_bytes();
+        Array<uint8_t> query(tokens * heads * row), out(tokens * heads * row);
+        Array<uint8_t> key(tokens * kv_heads * row), value(tokens * kv_heads * row);
+        fill(query, shape.model, size_t(tokens) * heads * shape.head_size);
+        fill(key, shape.model, size_t(tokens) * kv_heads * shape.head_size);
+        fill(value, shape.model, size_t(tokens) * kv_heads * shape.head_size);
+        Array<int64_t> slot(tokens);
+        for (int i = 0; i < num_reqs; ++i)
+            for (int j = counts[i]; j < counts[i + 1]; ++j) {
+                const int position = ends[i] - counts[i + 1] + j;
+                slot[j] = int64_t(table[i * max_blocks + position / shape.block_size]) * shape.block_size +
+                          position % shape.block_size;
+            }
+        const int64_t stride = int64_t(kv_heads) * shape.head_size;
+        const PackCall pack{key, value, pages, slot, stride, stride, kv_heads * tile, tile, tokens,
+                            kv_heads, shape.block_size, shape.threads, layout};
+        sparsekv_pack(&pack);
+        if (attend) {
+            const int64_t query_stride = int64_t(heads) * shape.head_size;
+            const AttentionCall call{
+                query, key, value, out, pages, window, counts, ends, table, ring_table, query_stride, stride,
+                stride, query_stride, kv_heads * tile, tile, kv_heads * slot_tile, slot_tile, max_blocks, ring_blocks,
+                num_reqs, heads, kv_heads, shape.block_size, slots, ring_blocks, shape.threads, 0.1f, layout};
+            sparsekv_attention(&call);
+        }
+        if (shape.window == 0) return;
+        const WindowCall call{key, value, window, counts, ends, ring_table, slot, stride, stride, kv_heads * slot_tile,
+                              slot_tile, ring_blocks, tokens, num_reqs, kv_heads, slots, ring_blocks, shape.threads,
+                              layout};
+        sparsekv_write_window(&call);
+    };
+    Array<int32_t> history(num_reqs + 1), contexts(num_reqs);
+    for (int i = 0; i < num_reqs; ++i) {
+        contexts[i] = seq_lens[i] - queries[i];
+        history[i + 1] = history[i] + contexts[i];
+    }
+    step(history, contexts, false);
+    step(starts, seq_lens, true);
+}
+
+}  // namespace
+
+int main() {
+    int batches = 0;
+    for (const int head_size : {16, 64, 80, 96, 128, 256})
+        for (const int storage : {-1, int(FP8), int(INT4)})
+            for (const int model : {int(FLOAT32), int(BFLOAT16), int(FLOAT16)}) {
+                const int block_size = batches % 2 ? 16 : 64, window = batches % 3 ? 24 : 0;
+                const int stored = storage < 0 ? model : storage;
+                const int value_stored = batches % 4 ? stored : int(INT4);
+                run_batch({head_size, 1 + batches % 5, block_size, window, model, stored, value_stored, 1 + batches % 2});
+                ++batches;
+            }
+    std::printf("%d batches\n", batches);
+}

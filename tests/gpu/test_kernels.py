@@ -1,0 +1,107 @@
+"""The Triton kernels on a GPU: the ragged matrix, and CUDA-graph replay equal to eager.
+
+Run with ``make test-gpu``; nothing of vLLM is needed. The ordinary run collects nothing here.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import (
+    REFERENCE,
+    CaseSpec,
+    Ops,
+    Request,
+    assert_attention,
+    assert_same_bytes,
+    build_case,
+)
+from ragged import RAGGED_MATRIX
+
+from vllm_sparsekv.kernels.attention.triton import sparse_attention
+from vllm_sparsekv.kernels.pack.triton import pack
+from vllm_sparsekv.kernels.window.triton import write_window
+
+TRITON = Ops(pack, sparse_attention, write_window)
+DEVICE = "cuda"
+SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
+
+
+@pytest.mark.parametrize("spec", RAGGED_MATRIX, ids=str)
+def test_ragged_matrix(spec):
+    case, reference = build_case(spec, TRITON, DEVICE), build_case(spec)
+    assert_same_bytes(case.pages, reference.pages)
+    assert_attention(case, TRITON, SLACK[spec.dtype])
+    case.write_step(TRITON)
+    reference.write_step(REFERENCE)
+    assert_same_bytes(case.pages, reference.pages)
+    if case.window is not None:
+        assert_same_bytes(case.window, reference.window)
+
+
+LONG = tuple(Request(context, 1) for context in (0, 1, 8191, 12345, 30000, 63))
+
+
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("head_size", "group"), [(64, 3), (128, 4), (128, 8), (256, 2)])
+def test_long_histories(head_size, group, dtype, codec):
+    """Many splits, every tile size of the launcher."""
+    spec = CaseSpec(
+        LONG,
+        head_size=head_size,
+        group=group,
+        key_dtype=codec,
+        value_dtype=codec,
+        dtype=dtype,
+    )
+    assert_attention(build_case(spec, TRITON, DEVICE), TRITON, SLACK[dtype])
+
+
+@pytest.mark.parametrize("query_len", [1, 4])
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4"])
+def test_graph_replay_equals_eager(codec, query_len):
+    """Captured with no history at all, as vLLM captures; replayed with ragged lengths."""
+    spec = CaseSpec(
+        tuple(Request(context, query_len) for context in (5, 700, 64, 1999)),
+        head_size=128,
+        group=4,
+        key_dtype=codec,
+        value_dtype=codec,
+        dtype=torch.bfloat16,
+        lookahead=query_len if query_len > 1 else 0,
+        padding=0,
+    )
+    case, eager = build_case(spec, TRITON, DEVICE), build_case(spec, TRITON, DEVICE)
+    actual = case.attend(TRITON)
+    eager.write_step(TRITON)
+
+    seq_lens = case.seq_lens.clone()
+    window = case.window.clone()
+    pages = case.pages.clone()
+    case.seq_lens.fill_(query_len)
+    out = torch.empty_like(case.query)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pack(case.key, case.value, case.slot_mapping, case.pages, case.fmt)
+        sparse_attention(*case.attention_args(), out)
+        write_window(
+            case.key,
+            case.value,
+            case.window,
+            case.query_start_loc,
+            case.seq_lens,
+            case.slot_mapping,
+            case.window_block_table,
+            case.fmt,
+        )
+    for _ in range(2):
+        case.seq_lens.copy_(seq_lens)
+        case.window.copy_(window)
+        case.pages.copy_(pages)
+        out.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same_bytes(out, actual)
+        assert_same_bytes(case.pages, eager.pages)
+        assert_same_bytes(case.window, eager.window)

@@ -1,0 +1,152 @@
+"""Compiles the attention kernel for GPUs that are not there and reads the machine code.
+
+Needs the triton package with its NVIDIA tools, no GPU and no driver.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.attention import triton as attention
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MANGLED = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled kernel costs.
+
+    Attributes:
+        registers: per thread.
+        stack: bytes of local memory per thread; 0 means nothing is spilled.
+        spills_in_loops: loads and stores of local memory within loops.
+        shared: bytes per program.
+        per_element: instructions of a warp's lane per unpacked element, keys and values together,
+            in the loop over whole tiles of the history.
+        opcodes: the same by opcode.
+    """
+
+    registers: int
+    stack: int
+    spills_in_loops: int
+    shared: int
+    per_element: float
+    opcodes: dict[str, float]
+
+    def __str__(self) -> str:
+        most = ", ".join(f"{name} {count:.2f}" for name, count in self.opcodes.items())
+        return (
+            f"{self.per_element:.2f} instructions/element, {self.registers} registers, "
+            f"{self.stack} bytes of stack ({self.spills_in_loops} accesses in loops), "
+            f"{self.shared} bytes shared ({most})"
+        )
+
+
+def attention_report(
+    fmt: SparseFormat,
+    capability: int,
+    launch: attention.Launch,
+    group: int = 4,
+    block_size: int = 64,
+) -> Report:
+    """Compile ``_attend`` ahead of time for a compute capability, times 10, and take it apart.
+
+    Raises:
+        RuntimeError: the loop over whole tiles cannot be told in the machine code.
+    """
+    constants = attention.attend_constants(fmt, group, block_size, 8, launch, capability)
+    signature = {
+        name: "constexpr" if name in constants else _type_of(name, fmt)
+        for name in attention._attend.arg_names
+    }
+    # As at run time: base pointers and the strides of pages and vectors are multiples of 16.
+    aligned = [
+        (i,)
+        for i, name in enumerate(attention._attend.arg_names)
+        if signature[name].startswith("*")
+        or name.startswith(("query_", "key_", "value_", "page_", "out_"))
+        and signature[name] == "i32"
+    ]
+    source = ASTSource(
+        attention._attend, signature, constants, {i: [["tt.divisibility", 16]] for i in aligned}
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch.num_warps},
+    )
+    elements = 2 * launch.tile * fmt.head_size / (32 * launch.num_warps)
+    return _report(compiled, elements)
+
+
+def _type_of(name: str, fmt: SparseFormat) -> str:
+    model = "*" + MANGLED[fmt.dtype]
+    kinds = {
+        model: ("query", "key", "value", "window", "out"),
+        "*u8": ("pages",),
+        "*fp32": ("partial", "lse"),
+        "fp32": ("scale",),
+        "*i32": ("tags", "query_start_loc", "seq_lens", "block_table", "window_block_table"),
+    }
+    return next((kind for kind, names in kinds.items() if name in names), "i32")
+
+
+def _report(compiled: Any, elements: float) -> Report:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", path)
+        listing = _run("nvdisasm", "-c", path)
+    loops = _loops(listing)
+    body = _history_loop(loops)
+    counts = Counter(re.sub(r"^@!?U?P\w+ +", "", line).split()[0].split(".")[0] for line in body)
+    return Report(
+        registers=int(re.search(r"REG:(\d+)", usage.splitlines()[-1])[1]),
+        stack=int(re.search(r"STACK:(\d+)", usage.splitlines()[-1])[1]),
+        spills_in_loops=sum(bool(re.search(r"\b(LDL|STL)\b", x)) for loop in loops for x in loop),
+        shared=compiled.metadata.shared,
+        per_element=len(body) / elements,
+        opcodes={name: count / elements for name, count in counts.most_common(12)},
+    )
+
+
+def _run(tool: str, *arguments: Any) -> str:
+    command = [TOOLS / tool, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def _loops(listing: str) -> list[list[str]]:
+    """Instructions of every loop, by address of its first one."""
+    labels: dict[str, int] = {}
+    instructions: list[str] = []
+    loops: list[tuple[int, int]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            jump = re.search(r"BRA.*`\((\.L_\w+)\)", found[1])
+            if jump and jump[1] in labels:
+                loops.append((labels[jump[1]], len(instructions)))
+            instructions.append(found[1])
+    return [instructions[start : end + 1] for start, end in sorted(loops)]
+
+
+def _history_loop(loops: list[list[str]]) -> list[str]:
+    """The first loop that unpacks, which is the one over whole tiles."""
+    for body in loops:
+        if sum("SHFL.IDX" in line for line in body) >= 8:
+            return body
+    raise RuntimeError("no loop with the table look-ups of the unpacking found")

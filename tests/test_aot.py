@@ -1,0 +1,87 @@
+"""What the attention kernel compiles to, GPU or not: instructions, registers, spills, shared memory.
+
+The instructions per unpacked element decide how fast decode can be at all; see
+``benchmarks/GPU.md``. Budgets are the figures measured with the pinned Triton plus 3 %.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_sparsekv.config import SparseKVConfig
+from vllm_sparsekv.format import SparseFormat
+
+pytest.importorskip("triton", reason="needs the triton package")
+try:
+    import sass
+except ImportError as error:
+    pytest.skip(f"this triton has no NVIDIA compiler: {error}", allow_module_level=True)
+
+from vllm_sparsekv.kernels.attention.triton import Launch, tile_and_warps  # noqa: E402
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+REGISTERS = 64 * 1024
+"""Of one multiprocessor, on every target here."""
+
+
+def report(capability, codec, head_size=128, rows=8, block_size=64):
+    config = SparseKVConfig(0.5, 0.5, codec, codec, 64)
+    fmt = SparseFormat.from_config(config, head_size, torch.bfloat16)
+    tile, num_warps = tile_and_warps(rows, head_size)
+    launch = Launch(rows, tile, 8, num_warps)
+    return sass.attention_report(fmt, capability, launch, block_size=block_size), launch
+
+
+def warps_resident(measured, launch, capability):
+    """Warps a multiprocessor can hold at once by registers and shared memory."""
+    threads = 32 * launch.num_warps
+    by_registers = REGISTERS // (threads * -(-measured.registers // 8) * 8)
+    by_shared = SHARED_LIMIT[capability] // (measured.shared + 1024)
+    return min(by_registers, by_shared) * launch.num_warps
+
+
+STACK = {80: 32, 90: 0, 100: 0}
+"""Bytes a thread may spill outside loops."""
+
+DECODE = {
+    (80, "fp8"): 6.6,
+    (80, "int4"): 5.8,
+    (80, "auto"): 7.1,
+    (90, "fp8"): 4.6,
+    (90, "int4"): 5.6,
+    (90, "auto"): 7.1,
+    (100, "fp8"): 4.5,
+    (100, "int4"): 5.6,
+    (100, "auto"): 7.1,
+}
+"""(compute capability * 10, codec) -> instructions per unpacked element, keys and values together."""
+
+
+@pytest.mark.parametrize(("capability", "codec"), DECODE, ids=str)
+def test_decode(capability, codec):
+    measured, launch = report(capability, codec)
+    assert measured.spills_in_loops == 0, str(measured)
+    assert measured.stack <= STACK[capability], str(measured)
+    assert measured.per_element <= DECODE[capability, codec], str(measured)
+    assert warps_resident(measured, launch, capability) >= 8, str(measured)
+
+
+@pytest.mark.parametrize(
+    ("codec", "head_size", "rows", "block_size"),
+    [
+        ("fp8", 64, 8, 64),
+        ("fp8", 96, 8, 64),
+        ("int4", 256, 8, 64),
+        ("fp8", 128, 8, 16),
+        ("int4", 128, 16, 64),
+        ("int4", 256, 16, 64),
+        ("int4", 128, 32, 64),
+        ("auto", 128, 32, 256),
+        ("int4", 256, 32, 64),
+    ],
+)
+def test_other_shapes_do_not_spill(codec, head_size, rows, block_size):
+    measured, launch = report(90, codec, head_size, rows, block_size)
+    assert measured.stack == 0, f"spills: {measured}"
+    assert warps_resident(measured, launch, 90) >= 4, str(measured)

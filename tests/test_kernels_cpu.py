@@ -1,0 +1,206 @@
+"""The native kernels against the reference and the float64 oracle, per instruction set."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from helpers import (
+    REFERENCE,
+    Case,
+    CaseSpec,
+    Ops,
+    Request,
+    assert_attention,
+    assert_same_bytes,
+    attention_error,
+    build_case,
+)
+from ragged import RAGGED_MATRIX
+
+from vllm_sparsekv.kernels.cpu import build, ops
+
+NATIVE = Ops(ops.pack, ops.sparse_attention, ops.write_window)
+CODECS = [("auto", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float16)] + [
+    (codec, torch.bfloat16) for codec in ("fp8", "int4")
+]
+
+
+@pytest.fixture(params=build.ISA_FLAGS)
+def isa(request):
+    if request.param not in build.supported_isas():
+        pytest.skip(f"this machine does not run {request.param}")
+    ops.use_isa(request.param)
+    yield request.param
+    ops.use_isa(None)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@functools.cache
+def reference_case(spec: CaseSpec) -> Case:
+    return build_case(spec)
+
+
+@functools.cache
+def reference_error(spec: CaseSpec) -> float:
+    return attention_error(reference_case(spec))
+
+
+def assert_same_memory(case: Case, expected: Case) -> None:
+    assert_same_bytes(case.pages, expected.pages)
+    if expected.window is not None:
+        assert_same_bytes(case.window, expected.window)
+
+
+@pytest.mark.parametrize("spec", RAGGED_MATRIX, ids=str)
+def test_ragged_matrix(spec, isa):
+    case = build_case(spec, NATIVE)
+    assert_same_memory(case, reference_case(spec))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        assert_attention(case, NATIVE)
+        # Twice the reference's own error, and one rounding, which small batches leave to chance.
+        budget = 2 * reference_error(spec) + torch.finfo(torch.float32).eps
+        assert attention_error(case, NATIVE) <= budget
+
+
+@pytest.mark.parametrize("codec, dtype", CODECS)
+@pytest.mark.parametrize("head_size, survivors_share", [(64, 0.5), (80, 0.35), (256, 0.9)])
+def test_pack_chooses_the_same_survivors(isa, codec, dtype, head_size, survivors_share):
+    """Ties, zeros of both signs, subnormals, the extremes of the dtype, Inf and NaN."""
+    generator = torch.Generator().manual_seed(0)
+    spec = CaseSpec(
+        (),
+        head_size=head_size,
+        key_sparsity=1 - survivors_share,
+        value_sparsity=0.5,
+        key_dtype=codec,
+        value_dtype=codec,
+        dtype=dtype,
+    )
+    fmt, tokens = spec.format, 256
+    info = torch.finfo(dtype)
+    odd = [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        info.max,
+        -info.max,
+        info.tiny,
+        -info.smallest_normal / 4,
+        448,
+        464,
+    ]
+    special = torch.tensor([*odd, torch.inf, -torch.inf, torch.nan]).to(dtype)
+    choice = torch.randint(len(special), (tokens, 2, head_size), generator=generator)
+    noise = torch.randn(tokens, 2, head_size, generator=generator).to(dtype)
+    few = torch.rand(tokens, 1, 1, generator=generator) ** 3
+    x = torch.where(torch.rand(noise.shape, generator=generator) < few, special[choice], noise)
+    finite = x[: tokens // 2].nan_to_num(0.0, 1.0, -1.0)
+    x[: tokens // 2] = finite.clamp(-1e4, 1e4)
+
+    slots = torch.arange(tokens).flip(0)
+    pages = [torch.full((4, 2, 64, fmt.token_bytes), 0xFF, dtype=torch.uint8) for _ in range(2)]
+    for implementation, memory in zip((NATIVE, REFERENCE), pages, strict=True):
+        implementation.pack(x, x.flip(0), slots, memory, fmt)
+    native, expected = (fmt.sections(memory) for memory in pages)
+    assert_same_bytes(native.key_bitmap, expected.key_bitmap)
+    assert_same_bytes(native.value_bitmap, expected.value_bitmap)
+    # Which NaN the reference stores depends on the place in torch's loops: NaNs compare as NaN.
+    for side, vector in (("key", fmt.key), ("value", fmt.value)):
+        parts = [
+            (getattr(s, f"{side}_values"), getattr(s, f"{side}_scales")) for s in (native, expected)
+        ]
+        actual, wanted = (vector.codec.decode(*part) for part in parts)
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=0, equal_nan=True)
+        clean = ~wanted.isnan().any(-1)
+        assert clean.sum() >= tokens // 2
+        for part, want in zip(*parts, strict=True):
+            assert_same_bytes(part[clean], want[clean])
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int4", "auto"])
+@pytest.mark.parametrize("length", [1, 16])
+def test_nan_in_the_history_reaches_only_its_elements(isa, codec, length):
+    """A NaN value spoils its element, a NaN key its request and KV head, as in the reference."""
+    spec = CaseSpec(
+        (Request(130, length), Request(70, length)),
+        key_dtype=codec,
+        value_dtype=codec,
+        window=0,
+        padding=0,
+    )
+    case = build_case(spec)
+    pack = REFERENCE.pack
+    key = torch.randn(2, 2, 64)
+    value = key.flip(0).clone()
+    key[0, 0, 5] = torch.nan
+    value[1, 1, 7] = torch.nan
+    slots = torch.stack(
+        [case.block_table[0, 1].long() * 64 + 3, case.block_table[0, 0].long() * 64]
+    )
+    pack(key, value, slots, case.pages, case.fmt)
+    expected, actual = case.attend(REFERENCE), case.attend(NATIVE)
+    assert expected[:length].isnan().any() and not expected[length:].isnan().any()
+    assert not expected[:length, 2:].isnan().all()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_unequal_parts_of_one_long_request(isa, threads):
+    """Few pairs of request and KV head: the history is split and merged."""
+    spec = CaseSpec(
+        (Request(4097, 1), Request(33, 2)), num_kv_heads=1, group=3, key_dtype="fp8", seed=3
+    )
+    assert_attention(build_case(spec, NATIVE), NATIVE)
+
+
+def test_tensors_of_a_fused_projection(isa):
+    """Query, key and value are strided views of one tensor; out is one of a wider tensor."""
+    case = reference_case(CaseSpec((Request(100, 3), Request(40, 1)), padding=0))
+    heads, kv_heads = case.query.shape[1], case.key.shape[1]
+    fused = torch.cat([case.query, case.key, case.value], dim=1)
+    query, key, value = fused.split([heads, kv_heads, kv_heads], dim=1)
+    wide = torch.full((*case.query.shape[:2], 2 * case.query.shape[2]), torch.nan)
+    out = wide[..., ::2]
+    ops.sparse_attention(query, key, value, *case.attention_args()[3:], out)
+    torch.testing.assert_close(out.double(), case.expected, rtol=0, atol=2e-6)
+    assert wide[..., 1::2].isnan().all()
+
+
+def test_operators_under_torch_compile():
+    case = build_case(CaseSpec((Request(100, 3), Request(40, 1)), padding=0))
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(query, key, value, pages, window, slot_mapping, out):
+        ops.pack(key, value, slot_mapping, pages, case.fmt)
+        ops.sparse_attention(query, key, value, pages, window, *case.attention_args()[5:], out)
+        ops.write_window(
+            key,
+            value,
+            window,
+            case.query_start_loc,
+            case.seq_lens,
+            slot_mapping,
+            case.window_block_table,
+            case.fmt,
+        )
+        return out * 2
+
+    eager = build_case(case.spec)
+    out = torch.zeros_like(case.query)
+    doubled = step(
+        case.query, case.key, case.value, case.pages, case.window, case.slot_mapping, out
+    )
+    eager.write_step(NATIVE)
+    assert_same_memory(case, eager)
+    torch.testing.assert_close(out.double(), case.expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(doubled, out * 2)
