@@ -22,27 +22,38 @@ def summary(samples: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(samples), "p20": deciles[1], "p80": deciles[7]}
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, dict[str, Any]]:
     """Time the calls in turn, round by round, so that all of them meet the same disturbances.
 
+    Args:
+        calls: what to time; each runs once before.
+        rounds: samples of each.
+        clock: seconds; ``time.process_time`` where one thread competes with other processes.
+
     Returns:
-        per call the :func:`summary` of its milliseconds, and of the ratio of the first call's time
-        to its own in the same round as ``speedup``.
+        per call the :func:`summary` of its ``milliseconds``, and as ``speedup`` that of the first
+        call's time over its own in the same round.
     """
-    first = next(iter(calls))
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            start = time.perf_counter()
+            start = clock()
             call()
-            milliseconds[name].append((time.perf_counter() - start) * 1e3)
-    result: dict[str, dict[str, Any]] = {}
-    for name, times in milliseconds.items():
-        ratios = [a / b for a, b in zip(milliseconds[first], times, strict=True)]
-        result[name] = {"milliseconds": summary(times), "speedup": summary(ratios)}
-    return result
+            milliseconds[name].append((clock() - start) * 1e3)
+    first = next(iter(milliseconds.values()))
+    return {
+        name: {
+            "milliseconds": summary(times),
+            "speedup": summary([a / b for a, b in zip(first, times, strict=True)]),
+        }
+        for name, times in milliseconds.items()
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The native CPU kernels against vLLM's own CPU attention: same shapes, same process, in turn.
 
-    python benchmarks/cpu.py [--quick]
+    python benchmarks/cpu.py [--quick] [--threads 2]
 
 Decode attention over context length and over sparsity and codec, one prompt chunk over pruned
-history, and prune+pack of that chunk. Times are medians with p20 and p80 in milliseconds; the
+history, and prune+pack of that chunk. Times are medians with p20 and p80 in milliseconds, of the
+clock on the wall, or with one thread of that thread's own, which other processes disturb least; the
 memory bandwidth is that of summing a large tensor in the same run. Results go to
 ``benchmarks/results/kernels.json`` and ``kernels.png``.
 """
@@ -81,6 +82,11 @@ class Shape:
             "seq_lens": torch.full((self.batch,), self.context + self.query).int(),
             "block_table": order.view(self.batch, self.blocks).int(),
         }
+
+
+def clock() -> float:
+    """Seconds; see the module's docstring."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 def tiled(sample: torch.Tensor, blocks: int) -> torch.Tensor:
@@ -182,7 +188,7 @@ def compare(shape: Shape, formats: dict[str, tuple[float, float, str]], rounds: 
     """Dense and every format in turn; with bytes per token and the bytes read per second."""
     fmts = {name: format_of(shape, *chosen) for name, chosen in formats.items()}
     calls = {"dense": dense(shape)} | {name: sparse(shape, fmt) for name, fmt in fmts.items()}
-    result: dict[str, Any] = interleaved(calls, rounds)
+    result: dict[str, Any] = interleaved(calls, rounds, clock)
     for name, row in result.items():
         fmt = fmts.get(name)
         any_format = next(iter(fmts.values()))
@@ -208,7 +214,9 @@ def pack_share(shape: Shape, attention: dict, rounds: int) -> dict:
     for name, chosen in FORMATS.items():
         fmt = format_of(shape, *chosen)
         pages = torch.zeros(blocks, shape.kv_heads, BLOCK_SIZE, fmt.token_bytes, dtype=torch.uint8)
-        times = interleaved({name: lambda p=pages, f=fmt: api.pack(x, x, slots, p, f)}, rounds)
+        times = interleaved(
+            {name: lambda p=pages, f=fmt: api.pack(x, x, slots, p, f)}, rounds, clock
+        )
         row = {"milliseconds": times[name]["milliseconds"]}
         dense_time = attention["dense"]["milliseconds"]["median"]
         row["share_of_dense_attention"] = row["milliseconds"]["median"] / dense_time
@@ -225,9 +233,9 @@ def read_bandwidth(rounds: int) -> dict[str, float]:
     x = torch.ones(1 << 28)
     rates = []
     for _ in range(rounds):
-        start = time.perf_counter()
+        start = clock()
         x.sum()
-        rates.append(x.nbytes / (time.perf_counter() - start) / 1e9)
+        rates.append(x.nbytes / (clock() - start) / 1e9)
     return summary(rates)
 
 
@@ -264,7 +272,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="short contexts, few rounds")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     contexts = [512, 2048] if args.quick else [512, 2048, 8192, 32768]
     rounds = 5 if args.quick else 11
     results: dict[str, Any] = {"machine": machine(), "read_gb_per_s": read_bandwidth(rounds)}

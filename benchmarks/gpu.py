@@ -1,13 +1,14 @@
-"""Decode over sparse pages against dense bf16 attention on one GPU; torch and triton are all it needs.
+"""Decode over sparse pages against dense bf16 attention on one GPU; needs torch and triton only.
 
     python benchmarks/gpu.py                      # every codec, 1k to 128k tokens, batch 1 to 128
     python benchmarks/gpu.py --contexts 8192 --batches 16 --formats fp8-50
     python benchmarks/gpu.py --dry-run            # on the CPU, under Triton's interpreter, no times
 
-Every figure is the median of graph replays, with p20 and p80, the L2 cache flushed before each one. The dense
-rival is the fastest backend of torch's ``scaled_dot_product_attention`` and, where installed,
-FlashAttention. GB/s count the compressed bytes a step has to read; the roofline is a measured copy.
-Results go to ``$OUT`` if set, otherwise to ``benchmarks/results``; see ``benchmarks/GPU.md``.
+Every figure is the median of graph replays, with p20 and p80, the L2 cache flushed before each
+one. The dense rival is the fastest backend of torch's ``scaled_dot_product_attention`` and, where
+installed, FlashAttention. GB/s count the compressed bytes a step has to read; the roofline is a
+measured copy. Results go to ``$OUT`` if set, otherwise to ``benchmarks/results``; see
+``benchmarks/GPU.md``.
 """
 
 from __future__ import annotations
@@ -293,9 +294,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "cuda": torch.version.cuda,
-            "driver": torch.cuda.driver_version()
-            if hasattr(torch.cuda, "driver_version")
-            else None,
+            "driver": torch._C._cuda_getDriverVersion(),
         }
     return about
 
@@ -306,7 +305,7 @@ def instructions_per_element(device: torch.device) -> dict[str, str] | None:
         return None
     import sass
 
-    from vllm_sparsekv.kernels.attention.triton import Launch, tile_and_warps
+    from vllm_sparsekv.kernels.attention.launch import Launch, tile_and_warps
 
     major, minor = torch.cuda.get_device_capability(device)
     tile, num_warps = tile_and_warps(8, 128)

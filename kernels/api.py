@@ -1,9 +1,9 @@
 """The operations on sparse pages, as the attention backend calls them.
 
-Arguments are checked here, then the implementation for the tensors' device runs: on CPUs the
-native kernels (compiled on first use), elsewhere and without a compiler the torch reference. The
-environment variable ``SPARSEKV_KERNELS`` forces one: ``reference``, or ``cpu`` for the native
-kernels, which then raise where they cannot be built.
+Arguments are checked here, then the implementation for the tensors' device runs: native kernels on
+CPUs (compiled on first use), Triton on CUDA, the torch reference on anything else. A CPU without a
+compiler gets the reference too, with a warning. The environment variable ``SPARSEKV_KERNELS``
+forces ``reference``, or ``native``, which then raises where there is none.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-from vllm_sparsekv.kernels.attention import reference as attention_reference
-from vllm_sparsekv.kernels.pack import reference as pack_reference
-from vllm_sparsekv.kernels.window import reference as window_reference
 
 from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.attention import reference as attention_reference
+from vllm_sparsekv.kernels.cpu.build import BuildError
+from vllm_sparsekv.kernels.pack import reference as pack_reference
+from vllm_sparsekv.kernels.window import reference as window_reference
 
 __all__ = ["pack", "sparse_attention", "write_window"]
 
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
 ENVIRONMENT_VARIABLE = "SPARSEKV_KERNELS"
-CHOICES = ("reference", "cpu")
+CHOICES = ("reference", "native")
 
 
 class Implementation(NamedTuple):
@@ -47,25 +48,43 @@ def implementation(device_type: str) -> Implementation:
     """What serves tensors on this kind of device; says so once in the log.
 
     Raises:
-        BuildError: ``SPARSEKV_KERNELS=cpu`` and the native kernels cannot be built.
-        ValueError: ``SPARSEKV_KERNELS`` is not one of ``CHOICES``.
+        BuildError: ``SPARSEKV_KERNELS=native`` and the CPU kernels cannot be built.
+        ValueError: ``SPARSEKV_KERNELS`` is not one of ``CHOICES``, or is ``native`` on a device
+            without native kernels.
     """
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     if chosen and chosen not in CHOICES:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}={chosen!r}: must be one of {list(CHOICES)}")
-    if device_type == "cpu" and chosen != "reference":
-        from vllm_sparsekv.kernels.cpu import build, ops
-
-        try:
-            ops.use_isa(None)
-        except build.BuildError as error:
-            if chosen == "cpu":
-                raise
-            logger.warning("sparsekv: native CPU kernels unavailable, it will be slow: %s", error)
-        else:
-            return Implementation(ops.pack, ops.sparse_attention, ops.write_window)
+    if chosen != "reference":
+        if device_type == "cuda":
+            return _triton()
+        if device_type == "cpu":
+            try:
+                return _native_cpu()
+            except BuildError as error:
+                if chosen == "native":
+                    raise
+                logger.warning("sparsekv: no native CPU kernels, it will be slow: %s", error)
+        elif chosen == "native":
+            raise ValueError(f"{ENVIRONMENT_VARIABLE}='native': no native kernels on {device_type}")
     logger.info("sparsekv: torch reference kernels on %s", device_type)
     return REFERENCE
+
+
+def _native_cpu() -> Implementation:
+    from vllm_sparsekv.kernels.cpu import ops
+
+    ops.use_isa(None)
+    return Implementation(ops.pack, ops.sparse_attention, ops.write_window)
+
+
+def _triton() -> Implementation:
+    from vllm_sparsekv.kernels.attention.triton import sparse_attention
+    from vllm_sparsekv.kernels.pack.triton import pack
+    from vllm_sparsekv.kernels.window.triton import write_window
+
+    logger.info("sparsekv: Triton kernels")
+    return Implementation(pack, sparse_attention, write_window)
 
 
 def pack(

@@ -13,12 +13,16 @@ INT4 = tl.constexpr(2)
 CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2}
 
 _ROUND = tl.constexpr(12582912.0)
-"""1.5 * 2**23: adding and subtracting it rounds |x| < 2**22 to the nearest integer, ties to even."""
+"""1.5 * 2**23: adding, then subtracting it rounds |x| < 2**22 to an integer, ties to even."""
 
 
 def vector_constants(name: str, fmt: VectorFormat) -> dict[str, int]:
-    """Compile-time constants of the vectors ``name`` (``K`` or ``V``), keyed by kernel parameter."""
-    return {f"{name}_SURVIVORS": fmt.survivors, f"{name}_CODEC": CODEC_IDS[fmt.codec.name]}
+    """Compile-time constants of the vectors ``name``, ``K`` or ``V``, by kernel parameter."""
+    return {
+        f"{name}_CODEC": CODEC_IDS[fmt.codec.name],
+        f"{name}_VALUE_BYTES": fmt.value_bytes,
+        f"{name}_SCALE_BYTES": fmt.scale_bytes,
+    }
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Runs the few PTX instructions our inline assembly uses, on NumPy arrays: one element, one lane."""
+"""Runs the PTX instructions of our inline assembly on NumPy arrays: an element is a lane."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.kernels.attention import triton as attention
+from vllm_sparsekv.kernels.attention.launch import Launch, attend_constants
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MANGLED = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -58,7 +59,7 @@ class Report:
 def attention_report(
     fmt: SparseFormat,
     capability: int,
-    launch: attention.Launch,
+    launch: Launch,
     group: int = 4,
     block_size: int = 64,
 ) -> Report:
@@ -67,7 +68,7 @@ def attention_report(
     Raises:
         RuntimeError: the loop over whole tiles cannot be told in the machine code.
     """
-    constants = attention.attend_constants(fmt, group, block_size, 8, launch, capability)
+    constants = attend_constants(fmt, group, block_size, 8, launch, capability)
     signature = {
         name: "constexpr" if name in constants else _type_of(name, fmt)
         for name in attention._attend.arg_names
@@ -90,6 +91,30 @@ def attention_report(
     )
     elements = 2 * launch.tile * fmt.head_size / (32 * launch.num_warps)
     return _report(compiled, elements)
+
+
+def resources(
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    capability: int,
+    num_warps: int,
+) -> tuple[int, int]:
+    """Registers a thread and bytes of stack of any kernel; arguments not named are int32."""
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants),
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": num_warps},
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _run("cuobjdump", "--dump-resource-usage", path).splitlines()[-1]
+    return tuple(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
 
 
 def _type_of(name: str, fmt: SparseFormat) -> str:

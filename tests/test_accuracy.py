@@ -334,8 +334,9 @@ def test_pareto_rows_and_picture(tmp_path, capsys):
     assert (rows[0]["kl"], rows[0]["top1"]) == (0.02, 0.9)
     assert rows[0]["compression"] == pytest.approx(256 / 64.125, abs=1e-3)
     assert rows[1]["bytes_per_token_and_head"] == pytest.approx(128 + 64 * 264 / 8192, abs=0.01)
-    assert "| sparsekv-balanced | 64.1 | 3.99x | 1.0202 | 0.0200 | 0.900 | 2 texts, 200 |" in (
-        capsys.readouterr().out
+    assert (
+        "| sparsekv-balanced | 64.1 | 3.99x | 1.0202 ± 0.0100 | 0.0200 | 0.900 | 2 texts, 200 |"
+        in (capsys.readouterr().out)
     )
     assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
 

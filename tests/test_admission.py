@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine import MODEL
+from engines import MODEL
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sparsekv import plugin
@@ -126,6 +127,7 @@ def test_block_size_defaults_to_64_and_respects_the_user() -> None:
         ({"head_size": 72}, "head_size not supported"),
         ({"block_size": 40}, "block_size not supported"),
         ({"use_dcp": True}, "DCP not supported"),
+        ({"device_capability": DeviceCapability(7, 5)}, "compute capability not supported"),
     ],
 )
 def test_layer_selection_gives_the_reason(changes: dict[str, Any], reason: str) -> None:

@@ -1,4 +1,4 @@
-"""What the attention kernel compiles to, GPU or not: instructions, registers, spills, shared memory.
+"""What the attention kernel compiles to, without a GPU: instructions, registers, spills, memory.
 
 The instructions per unpacked element decide how fast decode can be at all; see
 ``benchmarks/GPU.md``. Budgets are the figures measured with the pinned Triton plus 3 %.
@@ -18,7 +18,11 @@ try:
 except ImportError as error:
     pytest.skip(f"this triton has no NVIDIA compiler: {error}", allow_module_level=True)
 
-from vllm_sparsekv.kernels.attention.triton import Launch, tile_and_warps  # noqa: E402
+from vllm_sparsekv.kernels.attention import triton as attention  # noqa: E402
+from vllm_sparsekv.kernels.attention.launch import Launch, tile_and_warps  # noqa: E402
+from vllm_sparsekv.kernels.pack import triton as pack  # noqa: E402
+from vllm_sparsekv.kernels.pack.triton import pack_constants  # noqa: E402
+from vllm_sparsekv.kernels.window import triton as window  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 REGISTERS = 64 * 1024
@@ -55,7 +59,7 @@ DECODE = {
     (100, "int4"): 5.6,
     (100, "auto"): 7.1,
 }
-"""(compute capability * 10, codec) -> instructions per unpacked element, keys and values together."""
+"""(compute capability * 10, codec) -> instructions per unpacked element of keys and values."""
 
 
 @pytest.mark.parametrize(("capability", "codec"), DECODE, ids=str)
@@ -85,3 +89,26 @@ def test_other_shapes_do_not_spill(codec, head_size, rows, block_size):
     measured, launch = report(90, codec, head_size, rows, block_size)
     assert measured.stack == 0, f"spills: {measured}"
     assert warps_resident(measured, launch, 90) >= 4, str(measured)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4"])
+def test_pack_does_not_spill(capability, codec):
+    config = SparseKVConfig(0.5, 0.5, codec, codec, 64)
+    fmt = SparseFormat.from_config(config, 128, torch.bfloat16)
+    pointers = {"key": "*bf16", "value": "*bf16", "slot_mapping": "*i64", "pages": "*u8"}
+    _, stack = sass.resources(pack._pack, pointers, pack_constants(fmt, 64), capability, 4)
+    assert stack == 0
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_window_and_merge_do_not_spill(capability):
+    lengths = dict.fromkeys(("query_start_loc", "seq_lens", "window_block_table", "tags"), "*i32")
+    vectors = dict.fromkeys(("key", "value", "window"), "*bf16") | {"slot_mapping": "*i64"}
+    sizes = {"SLOTS_PER_BLOCK": 8, "D": 128, "PADDED": 128, "TAG": 128}
+    _, stack = sass.resources(window._write_window, lengths | vectors, sizes, capability, 4)
+    assert stack == 0
+    sums = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16", "query_start_loc": "*i32"}
+    sizes = {"SPLITS": 8, "D": 128, "PADDED": 128}
+    _, stack = sass.resources(attention._merge_splits, sums, sizes, capability, 1)
+    assert stack == 0

@@ -62,7 +62,7 @@ def test_without_a_compiler_one_warning_and_the_reference(no_compiler, caplog):
 
 
 def test_without_a_compiler_native_kernels_on_request_raise(no_compiler, monkeypatch):
-    monkeypatch.setenv("SPARSEKV_KERNELS", "cpu")
+    monkeypatch.setenv("SPARSEKV_KERNELS", "native")
     with pytest.raises(build.BuildError, match="no-such-compiler"):
         api.implementation("cpu")
 

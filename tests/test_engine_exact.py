@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from engine import engine, first_logprobs, generate, metric, prose_tokens, texts
+from engines import engine, first_logprobs, generate, metric, prose_tokens, texts
 from vllm import LLM, SamplingParams
 
 LOSSLESS = {

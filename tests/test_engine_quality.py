@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from engine import engine, first_logprobs, generate, kv_cache_tokens, perplexity, prose_tokens
+from engines import engine, first_logprobs, generate, kv_cache_tokens, perplexity, prose_tokens
 from vllm import LLM
 
 HALF = {

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from engine import MODEL
+from engines import MODEL
 from openai import OpenAI
 
 START_SECONDS = 300

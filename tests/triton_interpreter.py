@@ -1,7 +1,7 @@
 """Fits Triton's interpreter for our kernels; import before any module that defines one.
 
-It has no inline assembly; here :mod:`ptx_emulator` runs the kernels' own text. Its matrix product takes
-the bits of bfloat16, which NumPy lacks, for integers; here it widens them.
+It has no inline assembly; here :mod:`ptx_emulator` runs the kernels' own text. Its matrix product
+takes the bits of bfloat16, which NumPy lacks, for integers; here it widens them.
 """
 
 from __future__ import annotations

@@ -65,6 +65,11 @@ class SparseKVBackend(AttentionBackend):
         return head_size % 16 == 0
 
     @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        """``capability`` is None on CPUs."""
+        return capability is None or capability.major >= 8
+
+    @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         return (KVCacheLayout.LBHNC,)
 

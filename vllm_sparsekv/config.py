@@ -33,6 +33,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "window": 64,
     },
 }
+"""Points on the curve of bytes against quality (``make bench-accuracy``).
+
+Measured on SmolLM2-135M (head_size 64), decoding token by token, on four texts that nothing was
+tuned on (drama, essays, a guide, Perl; 2 x 2,048 tokens each). Bytes are per token and KV head and
+include the window, spread over a context of 4,096 tokens; dense bfloat16 is 256.
+
+========  =====  =======  ================  ======  =====
+preset    bytes  vs bf16  perplexity ratio  KL      top-1
+========  =====  =======  ================  ======  =====
+quality    72.2    3.54x  1.0059 +- 0.0022  0.0100  0.948
+balanced   64.1    3.99x  1.0130 +- 0.0040  0.0166  0.929
+capacity   56.1    4.56x  1.0194 +- 0.0053  0.0307  0.908
+========  =====  =======  ================  ======  =====
+
+At head_size 128 and 32,768 tokens the bytes are 4.06x, 4.38x and 5.07x below bfloat16.
+"""
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
+from statistics import stdev
 
 import torch
 
@@ -24,8 +26,9 @@ def rows(
 ) -> list[dict[str, object]]:
     """One row per method and sample length, best bytes last.
 
-    A row's ratio is the geometric mean over texts, its KL and top-1 are plain means; only decoding
-    steps (``chunk`` 1) and evaluations of a method's present settings count.
+    A row's ratio is the geometric mean over texts, its error the standard error over all samples
+    (NaN for one sample), its KL and top-1 are plain means; only decoding steps (``chunk`` 1) and
+    evaluations of a method's present settings count.
     """
     dense_bytes = 2 * head_size * dtype.itemsize
     groups = defaultdict(lambda: defaultdict(list))
@@ -39,6 +42,12 @@ def rows(
     for (name, length), texts in groups.items():
         by_text = {text: summary(samples) for text, samples in sorted(texts.items())}
         count = len(by_text)
+        logs = [
+            (sample["nll"] - sample["dense_nll"]) / sample["tokens"]
+            for samples in texts.values()
+            for sample in samples
+        ]
+        error = stdev(logs) / len(logs) ** 0.5 if len(logs) > 1 else math.nan
         ratios = torch.tensor([text["ppl_ratio"] for text in by_text.values()], dtype=torch.float64)
         context = max(length, SHORT_CONTEXT)
         size = methods[name].token_bytes(dense_bytes, context)
@@ -49,6 +58,7 @@ def rows(
                 "bytes_per_token_and_head": round(size, 2),
                 "compression": round(dense_bytes / size, 3),
                 "ppl_ratio": round(ratios.log().mean().exp().item(), 5),
+                "ppl_ratio_error": round(error, 5),
                 "kl": round(sum(text["kl"] for text in by_text.values()) / count, 5),
                 "top1": round(sum(text["top1"] for text in by_text.values()) / count, 4),
                 "texts": by_text,
@@ -69,7 +79,7 @@ def markdown(table: list[dict[str, object]]) -> str:
             row["method"],
             f"{row['bytes_per_token_and_head']:.1f}",
             f"{row['compression']:.2f}x",
-            f"{row['ppl_ratio']:.4f}",
+            f"{row['ppl_ratio']:.4f} ± {row['ppl_ratio_error']:.4f}",
             f"{row['kl']:.4f}",
             f"{row['top1']:.3f}",
             f"{len(row['texts'])} texts, {tokens}",

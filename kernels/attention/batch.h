@@ -1,5 +1,5 @@
-// Collects the keys, or the values, that are attended together: a copy of their packed form in
-// working memory, which the expanding functions may read past.
+// Collects the keys, or the values, that are attended together, in packed form: copied to working
+// memory, which the expanding functions may read past, or read in place where that is safe.
 #pragma once
 
 #include "../cpu/layout.h"
@@ -23,20 +23,27 @@ class Batch {
 
     void begin() {
         has_nan_ = false;
+        place_ = {values_, bitmap_};
         for (int i = 0; i < BATCH; ++i) {
             ones_[i] = 1;
             units_[i] = expand_unit(layout_.storage);
         }
     }
 
-    // Appends `count` pruned vectors of a tile, from entry `first` on, as number n and following.
-    void add_run(const Section<const uint8_t>& section, int first, int count, int n) {
+    // Appends `count` pruned vectors of a tile, from entry `first` on, as number n and following. With
+    // `in_place` they are all of the batch, and memory is readable past the section.
+    void add_run(const Section<const uint8_t>& section, int first, int count, int n, bool in_place) {
         const int bytes = layout_.value_bytes(), bitmap_bytes = head_size_ / 8;
         const uint8_t* source = section.values + int64_t(first) * bytes;
-        memcpy(bitmap_ + n * bitmap_bytes, section.bitmap + first * bitmap_bytes, count * bitmap_bytes);
+        const uint8_t* bitmap = section.bitmap + first * bitmap_bytes;
+        if (layout_.storage == FP8) has_nan_ |= any_fp8_nan(source, count * bytes);
+        if (in_place && layout_.storage != INT4) {
+            place_ = {source, bitmap};
+            return;
+        }
+        memcpy(bitmap_ + n * bitmap_bytes, bitmap, count * bitmap_bytes);
         if (layout_.storage != INT4) {
             memcpy(values_ + n * bytes, source, count * bytes);
-            if (layout_.storage == FP8) has_nan_ |= any_fp8_nan(source, count * bytes);
             return;
         }
         uint8_t* eighths = values_ + n * layout_.survivors;
@@ -60,12 +67,12 @@ class Batch {
         const int64_t row = int64_t(head_size_) * sizeof(float);
         if (dense) return {values_, bitmap_, row, ones_};
         const int bytes = layout_.survivors * survivor_bytes(layout_.storage);
-        if (!has_nan_) return {values_, bitmap_, bytes, units_};
+        if (!has_nan_) return {place_.values, place_.bitmap, bytes, units_};
         // Element by element: the fast expansion knows no NaN.
         for (int i = 0; i < n; ++i) {
-            const uint8_t* survivor = values_ + i * bytes;
+            const uint8_t* survivor = place_.values + i * bytes;
             for (int d = 0; d < head_size_; ++d) {
-                const bool kept = bitmap_[(i * head_size_ + d) / 8] >> d % 8 & 1;
+                const bool kept = place_.bitmap[(i * head_size_ + d) / 8] >> d % 8 & 1;
                 exact_[i * head_size_ + d] = kept ? exact(*survivor++, i) : 0.f;
             }
         }
@@ -108,6 +115,9 @@ class Batch {
     int head_size_ = 0;
     VectorLayout layout_{};
     uint8_t *values_ = nullptr, *bitmap_ = nullptr;
+    struct {
+        const uint8_t *values, *bitmap;
+    } place_{};
     float *units_ = nullptr, *ones_ = nullptr;
     float* exact_ = nullptr;
     bool has_nan_ = false;

@@ -12,6 +12,7 @@ namespace sparsekv {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense tile pays
+constexpr int PREFETCHED_TILE = 12 << 10;  // bytes
 
 enum class Source { PAGES, DENSE_ROWS };
 
@@ -98,8 +99,6 @@ class Worker {
         return base + (token * stride + unit_.head * plan_.group * size_) * layout_.element_bytes();
     }
 
-    // ---- where keys and values come from ----
-
     // The pruned history in blocks [first, last), without what the ring holds.
     void add_pages(int64_t first, int64_t last) {
         const int context = unit_.request->context, block_size = call_.block_size;
@@ -115,8 +114,9 @@ class Worker {
                 while (stop < end && !ring_slot(stop)) ++stop;
                 while (i < stop) {
                     const int take = stop - i < BATCH - batch_ ? stop - i : BATCH - batch_;
-                    key_.add_run(tile.key, i - start, take, batch_);
-                    value_.add_run(tile.value, i - start, take, batch_);
+                    const bool in_place = take == BATCH && table[block] + 1 < call_.num_blocks;
+                    key_.add_run(tile.key, i - start, take, batch_, in_place);
+                    value_.add_run(tile.value, i - start, take, batch_, in_place);
                     batch_ += take;
                     i += take;
                     if (batch_ == BATCH) fold(Source::PAGES);
@@ -132,10 +132,11 @@ class Worker {
     }
 
     // The tile that is read next; prefetch() asks for a quarter of it, so that the loads spread over
-    // the work on the tile before.
+    // the work on the tile before. Large tiles the hardware follows by itself, and better.
     void expect(const uint8_t* tile) {
+        const int bytes = call_.block_size * layout_.token_bytes();
         expected_ = tile;
-        expected_end_ = tile + call_.block_size * layout_.token_bytes();
+        expected_end_ = bytes <= PREFETCHED_TILE ? tile + bytes : tile;
         prefetch();
     }
 
@@ -181,8 +182,6 @@ class Worker {
         value_.add_row(layout_.storage, value, batch_);
         if (++batch_ == BATCH) fold(Source::DENSE_ROWS);
     }
-
-    // ---- attention of the collected batch ----
 
     // Keys of the batch that a query of the unit may see.
     int visible(int query) const {

@@ -20,7 +20,7 @@ struct AttentionCall {
     int64_t query_stride, key_stride, value_stride, out_stride;
     int64_t page_stride, page_head_stride, window_stride, window_head_stride;
     int64_t block_table_stride, window_block_table_stride;
-    int32_t num_reqs, num_heads, num_kv_heads, block_size, slots_per_block, blocks_per_ring;
+    int32_t num_reqs, num_heads, num_kv_heads, num_blocks, block_size, slots_per_block, blocks_per_ring;
     int32_t num_threads;
     float scale;
     Layout layout;

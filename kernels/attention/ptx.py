@@ -1,19 +1,20 @@
 """PTX that unpacks 32 elements at once: one bitmap word of one vector, in registers.
 
-A thread owns one bitmap word. It loads the packed survivors of eight or sixteen elements into a small
-window of registers, aligned to the first survivor. Then, a nibble of the bitmap (a pair of bits for
-16-bit survivors) at a time, ``prmt`` drops each survivor in its element's place, a zero where none
-is, and a funnel shift moves the window past the survivors used up. The byte selector and the shift of a
-nibble come from a table of one entry a lane, read by ``shfl``: no memory, no bank conflicts.
+A thread owns one bitmap word. It loads the packed survivors of eight or sixteen elements into a
+small window of registers, aligned to the first survivor. Then, a nibble of the bitmap (a pair of
+bits for 16-bit survivors) at a time, ``prmt`` drops each survivor in its element's place, a zero
+where none is, and a funnel shift moves the window past the survivors used up. The byte selector and
+the shift of a nibble come from a table of one entry a lane, read by ``shfl``: no memory, no bank
+conflicts.
 
 All of this is text for ``tl.inline_asm_elementwise``; operands are 32 16-bit outputs, then
 
 - the bitmap word (.b32),
 - the number of the vector's survivors before it (.b32),
 - the address of the vector's first survivor, a multiple of 4 (.b64),
-- for int4 its zero in sixteenths of a code, a byte, four times over (.b32). What comes out is the code
-  in sixteenths, zero itself where an element was pruned, as the smallest float16 numbers (n * 2**-24),
-  which multiply exactly: ``value = (out * 2**24 - zero) * step / 16``.
+- for int4 its zero in sixteenths of a code, a byte, four times over (.b32). What comes out is the
+  code in sixteenths, zero itself where an element was pruned, as the smallest float16 numbers
+  (n * 2**-24), which multiply exactly: ``value = (out * 2**24 - zero) * step / 16``.
 
 ``shfl`` needs all lanes of the warp, which Triton's elementwise code always has.
 """

@@ -1,48 +1,30 @@
-"""Paged attention over sparse pages in Triton: split-KV, one pass over pages, window and step.
+"""Paged attention over sparse pages in Triton: split-KV, one pass over pages, window, step.
 
-One program attends with a tile of queries of one request and one KV head: the query heads that share
-the KV head are columns of one matrix product (GQA packed), tokens its rows. It walks its share of the pruned
-history tile by tile, the first split also the dense window and the step's own keys and values, and
-leaves a softmax-weighted sum with its log-sum-exp; a second kernel merges the splits. Grid and
-splits follow from tensor shapes alone, so a launch can be captured in a CUDA graph and replayed.
+One program attends with a tile of queries of one request and one KV head: the query heads that
+share the KV head are columns of one matrix product (GQA packed), tokens its rows. It walks its
+share of the pruned history tile by tile, the first split also the dense window and the step's own
+keys and values, and leaves a softmax-weighted mean with its log-sum-exp; a second kernel merges the
+splits.
 """
 
 from __future__ import annotations
-
-from functools import cache
-from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.attention.launch import (
+    MIN_TILES,
+    attend_constants,
+    capability,
+    choose_launch,
+    workspace_elements,
+)
 from vllm_sparsekv.kernels.attention.unpack import INT4_STEP, INT4_ZERO, unpack_tile
-from vllm_sparsekv.kernels.triton import AUTO, INT4, find_request, vector_constants
+from vllm_sparsekv.kernels.triton import AUTO, INT4, find_request
 
 LOG2_E = 1.4426950408889634
-MIN_TILES = tl.constexpr(4)
-"""History tiles that make a split worth its merge."""
-MAX_ROWS = 32
-"""Query rows of a program, unless one group of heads already has more."""
-DENSE_TILE = 32
-"""Window or step tokens read at once."""
-
-
-class Launch(NamedTuple):
-    """Sizes of a launch, from shapes only.
-
-    Attributes:
-        rows: query rows of a program (tokens times heads of a group), a power of two >= 8.
-        tile: history tokens unpacked at once.
-        splits: parts each history is cut into.
-        num_warps: warps of a program.
-    """
-
-    rows: int
-    tile: int
-    splits: int
-    num_warps: int
 
 
 def sparse_attention(
@@ -123,7 +105,7 @@ def sparse_attention(
         0 if window is None else window_block_table.stride(0),
         *out.stride()[:2],
         **attend_constants(
-            fmt, group, pages.shape[2], slots_per_block, launch, _capability(query.device)
+            fmt, group, pages.shape[2], slots_per_block, launch, capability(query.device)
         ),
         num_warps=launch.num_warps,
     )
@@ -141,94 +123,6 @@ def sparse_attention(
             PADDED=triton.next_power_of_2(size),
             num_warps=1,
         )
-
-
-def choose_launch(
-    query: torch.Tensor, num_kv_heads: int, num_reqs: int, max_context: int
-) -> Launch:
-    """Sizes for a step; looks at shapes and the device only.
-
-    Args:
-        query: (num_tokens, num_heads, D).
-        max_context: tokens the block table has room for.
-    """
-    num_tokens, num_heads, size = query.shape
-    group = num_heads // num_kv_heads
-    wanted = triton.next_power_of_2(triton.cdiv(num_tokens, num_reqs) * group)
-    rows = max(min(wanted, MAX_ROWS), 8, triton.next_power_of_2(group))
-    tile, num_warps = tile_and_warps(rows, size)
-    programs = (num_tokens // (rows // group) + num_reqs) * num_kv_heads
-    useful = triton.cdiv(max_context, tile * MIN_TILES.value)
-    splits = max(1, min(4 * _multiprocessors(query.device) // programs, useful))
-    return Launch(rows, tile, splits, num_warps)
-
-
-def tile_and_warps(rows: int, size: int) -> tuple[int, int]:
-    """Tile and warps with the fewest instructions per element that do not spill.
-
-    Two warps a program keep Triton from Hopper's warpgroup instructions, whose fences cost more than
-    they save on so few rows.
-    """
-    wide = triton.next_power_of_2(size) > 128
-    if rows <= 16:
-        return 32, 4 if wide and rows > 8 else 2
-    return (32, 8) if wide or rows > MAX_ROWS else (64, 4)
-
-
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def _capability(device: torch.device) -> int:
-    """Compute capability times 10; 0 for a GPU that is not NVIDIA's, 90 under the interpreter."""
-    if device.type != "cuda":
-        return 90
-    if torch.version.hip is not None:
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-def workspace_elements(query: torch.Tensor, launch: Launch) -> int:
-    """Float32 elements for the partial sums and log-sum-exps of the splits."""
-    num_tokens, num_heads, size = query.shape
-    return launch.splits * num_tokens * num_heads * (size + 1) if launch.splits > 1 else 0
-
-
-def attend_constants(
-    fmt: SparseFormat,
-    group: int,
-    block_size: int,
-    slots_per_block: int,
-    launch: Launch,
-    capability: int,
-) -> dict[str, Any]:
-    """Compile-time constants of the attention kernel for a CUDA compute capability, times 10."""
-    return {
-        "GROUP": group,
-        "BLOCK_SIZE": block_size,
-        "SLOTS_PER_BLOCK": slots_per_block,
-        "WINDOW": fmt.window,
-        "D": fmt.head_size,
-        "PADDED": triton.next_power_of_2(fmt.head_size),
-        "ROWS": launch.rows,
-        "TILE": launch.tile,
-        "DENSE_TILE": DENSE_TILE,
-        "SPLITS": launch.splits,
-        "K_VALUE_BYTES": fmt.key.value_bytes,
-        "V_VALUE_BYTES": fmt.value.value_bytes,
-        "K_SCALE_BYTES": fmt.key.scale_bytes,
-        "V_SCALE_BYTES": fmt.value.scale_bytes,
-        **vector_constants("K", fmt.key),
-        **vector_constants("V", fmt.value),
-        "WORDS": capability >= 80 and fmt.dtype.itemsize == 2 and fmt.head_size % 32 == 0,
-        "CONVERTS_FP8": capability >= 89,
-        "STAGES": 1,
-    }
 
 
 @triton.jit
@@ -282,9 +176,7 @@ def _attend(
     V_VALUE_BYTES: tl.constexpr,
     K_SCALE_BYTES: tl.constexpr,
     V_SCALE_BYTES: tl.constexpr,
-    K_SURVIVORS: tl.constexpr,
     K_CODEC: tl.constexpr,
-    V_SURVIVORS: tl.constexpr,
     V_CODEC: tl.constexpr,
     WORDS: tl.constexpr,
     CONVERTS_FP8: tl.constexpr,

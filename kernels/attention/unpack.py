@@ -1,8 +1,7 @@
 """Unpack a tile of pruned vectors inside a Triton kernel.
 
-:func:`unpack_words` is for NVIDIA GPUs: inline PTX (:mod:`vllm_sparsekv.kernels.attention.ptx`), one
-bitmap word a thread, a few instructions an element. :func:`unpack_elements` works everywhere, one
-element a lane.
+:func:`unpack_words` is for NVIDIA GPUs: inline PTX, see :mod:`vllm_sparsekv.kernels.attention.ptx`,
+a few instructions an element. :func:`unpack_elements` works everywhere, one element a lane.
 """
 
 from __future__ import annotations
@@ -100,7 +99,7 @@ def unpack_words(
         visible: (TILE,) bool or None.
         D: a multiple of 32.
         DTYPE: the model dtype for AUTO, float16 otherwise.
-        BOUNDED: never read past the last survivor; otherwise up to 20 bytes past it, and INT4 always.
+        BOUNDED: never read past the last survivor; otherwise, and with INT4, up to 20 bytes on.
         CONVERTS_FP8: the target has an instruction for it.
     """
     WORDS: tl.constexpr = PADDED // 32

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -19,6 +20,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+logger = logging.getLogger("vllm.sparsekv.kernels")
 
 KERNELS = Path(__file__).parent.parent
 SOURCES = ("attention/cpu.cpp", "pack/cpu.cpp", "window/cpu.cpp")
@@ -85,12 +88,14 @@ def build(isa: str) -> Path:
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
+            logger.info("sparsekv: compiling the CPU kernels for %s, once, into %s", isa, target)
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
                 _compile(compiler, isa, Path(folder)).replace(target)
     return target
 
 
 def cache_dir() -> Path:
+    """Where libraries are kept: ``vllm_sparsekv`` in the user's cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "vllm_sparsekv"
 

@@ -22,8 +22,6 @@ inline To bit_cast(From x) {
     return y;
 }
 
-// ---- one value ----
-
 inline float bfloat16_to_float(uint16_t x) { return bit_cast<float>(uint32_t(x) << 16); }
 
 // Both small formats share one scheme: move exponent and mantissa into place, change the bias, and

@@ -13,9 +13,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from vllm_sparsekv.kernels.cpu.build import library, supported_isas
 
 from vllm_sparsekv.format import SparseFormat, VectorFormat
+from vllm_sparsekv.kernels.cpu.build import library, supported_isas
 
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
@@ -76,8 +76,8 @@ AttentionCall = _mirror(
         (ctypes.c_int64, "query_stride key_stride value_stride out_stride"),
         (ctypes.c_int64, "page_stride page_head_stride window_stride window_head_stride"),
         (ctypes.c_int64, "block_table_stride window_block_table_stride"),
-        (ctypes.c_int32, "num_reqs num_heads num_kv_heads block_size slots_per_block"),
-        (ctypes.c_int32, "blocks_per_ring num_threads"),
+        (ctypes.c_int32, "num_reqs num_heads num_kv_heads num_blocks block_size"),
+        (ctypes.c_int32, "slots_per_block blocks_per_ring num_threads"),
         (ctypes.c_float, "scale"),
         (Layout, "layout"),
     ],
@@ -175,6 +175,7 @@ def _attention(
         query_start_loc.shape[0] - 1,
         query.shape[1],
         key.shape[1],
+        pages.shape[0],
         pages.shape[2],
         *ring[2:],
         torch.get_num_threads(),

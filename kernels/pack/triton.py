@@ -1,8 +1,8 @@
-"""Prune and pack in Triton: threshold bisection on the bits of |x|, no sort, codec in the same pass.
+"""Prune and pack in Triton: threshold bisection on the bits of |x|, no sort, codec fused.
 
 The k-th largest magnitude of a vector is built bit by bit from the top: a bit stays set when at
-least k magnitudes reach the candidate. Everything above the threshold survives, of those equal to it
-the first ones, as many as are missing.
+least k magnitudes reach the candidate. Everything above the threshold survives, of those equal to
+it the first ones, as many as are missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def pack(
     num_tokens = min(key.shape[0], slot_mapping.shape[0])
     if num_tokens == 0:
         return
-    size = fmt.head_size
     _pack[triton.cdiv(num_tokens * key.shape[1], ROWS), 2](
         key.contiguous(),
         value.contiguous(),
@@ -46,24 +45,22 @@ def pack(
         key.shape[1],
         pages.stride(0),
         pages.stride(1),
-        BLOCK_SIZE=pages.shape[2],
-        D=size,
-        PADDED=triton.next_power_of_2(size),
-        BITS=key.dtype.itemsize * 8,
-        ROWS=ROWS,
-        **vector_constants("K", fmt.key),
-        **vector_constants("V", fmt.value),
-        **section_constants(fmt),
+        **pack_constants(fmt, pages.shape[2]),
     )
 
 
-def section_constants(fmt: SparseFormat) -> dict[str, int]:
-    """Bytes of one vector's parts, keyed by kernel parameter."""
+def pack_constants(fmt: SparseFormat, block_size: int) -> dict[str, int]:
+    """Compile-time constants of the pack kernel."""
     return {
-        "K_VALUE_BYTES": fmt.key.value_bytes,
-        "V_VALUE_BYTES": fmt.value.value_bytes,
-        "K_SCALE_BYTES": fmt.key.scale_bytes,
-        "V_SCALE_BYTES": fmt.value.scale_bytes,
+        "BLOCK_SIZE": block_size,
+        "D": fmt.head_size,
+        "PADDED": triton.next_power_of_2(fmt.head_size),
+        "BITS": fmt.dtype.itemsize * 8,
+        "ROWS": ROWS,
+        "K_SURVIVORS": fmt.key.survivors,
+        "V_SURVIVORS": fmt.value.survivors,
+        **vector_constants("K", fmt.key),
+        **vector_constants("V", fmt.value),
     }
 
 

@@ -88,7 +88,7 @@ void run_batch(const Shape& shape) {
             const AttentionCall call{
                 query, key, value, out, pages, window, counts, ends, table, ring_table, query_stride, stride,
                 stride, query_stride, kv_heads * tile, tile, kv_heads * slot_tile, slot_tile, max_blocks, ring_blocks,
-                num_reqs, heads, kv_heads, shape.block_size, slots, ring_blocks, shape.threads, 0.1f, layout};
+                num_reqs, heads, kv_heads, num_blocks, shape.block_size, slots, ring_blocks, shape.threads, 0.1f, layout};
             sparsekv_attention(&call);
         }
         if (shape.window == 0) return;

@@ -1,4 +1,4 @@
-"""Collected only where ``make test-gpu`` asks for it; then a missing GPU is an error, not a skip."""
+"""Collected only where ``make test-gpu`` asks for it; there a missing GPU is an error."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from vllm_sparsekv.kernels.attention import triton as attention
 TRITON = Ops(REFERENCE.pack, attention.sparse_attention, REFERENCE.write_window)
 SLACK = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 1.2e-2}
 """Softmax weights meet the values in the values' type; the rest is float32."""
-MAX_HISTORY = 600
+MAX_HISTORY = 450
 """Tokens of history; the interpreter takes a second for some hundred."""
 
 
@@ -53,7 +53,7 @@ def test_every_pair_of_codecs(dtype, key_dtype, value_dtype):
 @pytest.mark.parametrize("capability", [0, 80], ids=["not NVIDIA", "no fp8 conversion"])
 @pytest.mark.parametrize("codec", CODECS)
 def test_other_gpus(monkeypatch, capability, codec):
-    monkeypatch.setattr(attention, "_capability", lambda device: capability)
+    monkeypatch.setattr(attention, "capability", lambda device: capability)
     matches(
         CaseSpec(
             DECODE,

@@ -53,7 +53,7 @@ def awkward_vectors(size: int, dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("size", "key_sparsity", "value_sparsity"),
-    [(64, 0.5, 0.3), (80, 0.3, 0.7), (96, 0.7, 0.0), (128, 0.0, 0.5), (256, 0.3, 0.5)],
+    [(64, 0.5, 0.3), (80, 0.3, 0.7), (128, 0.0, 0.5), (256, 0.3, 0.5)],
 )
 def test_awkward_vectors(size, key_sparsity, value_sparsity, dtype, codec):
     config = SparseKVConfig(key_sparsity, value_sparsity, codec, codec, 0)
@@ -81,7 +81,7 @@ def test_infinities_and_nans_survive_alike(dtype, codec):
     torch.testing.assert_close(*decoded, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("spec", [s for s in RAGGED_MATRIX if s.history_tokens <= 130], ids=str)
+@pytest.mark.parametrize("spec", [s for s in RAGGED_MATRIX if s.history_tokens <= 70], ids=str)
 def test_ragged_matrix(spec):
     ours, reference = build_case(spec, TRITON), build_case(spec)
     assert_same_bytes(ours.pages, reference.pages)
