@@ -63,7 +63,9 @@ def check_exact(x: torch.Tensor, fmt: VectorFormat) -> None:
     assert scales.numel() == 0
     y = unpack_vectors(bitmap, values, scales, fmt)
     expected = torch.zeros(len(x)).scatter(0, torch.tensor(kept), x[kept].float() + 0.0)
-    assert_same_bytes(y, expected)
+    # An addition may change the payload of a NaN, nothing else.
+    assert y.isnan().tolist() == expected.isnan().tolist()
+    assert_same_bytes(y.masked_fill(y.isnan(), 0), expected.masked_fill(y.isnan(), 0))
 
 
 @given(pruning(TIES))
