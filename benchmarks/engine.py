@@ -105,7 +105,9 @@ def main() -> None:
         "kv_cache_memory_bytes": 1 << 31,
     }
     sparse = {"attention_backend": "sparsekv", "additional_config": {"sparsekv": args.settings}}
-    report: dict[str, Any] = {"machine": machine(), "arguments": vars(args) | {"output": ""}}
+    arguments = {name: value for name, value in vars(args).items() if name != "output"}
+    arguments["model"] = Path(args.model).name
+    report: dict[str, Any] = {"machine": machine(), "arguments": arguments}
     for name, extra in {"dense": {}, "sparse": sparse}.items():
         print(f"{name}: starting the engine ...", flush=True)
         report[name] = in_subprocess(common | extra, args.context, args.batch, args.rounds)
