@@ -36,9 +36,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Points on the curve of bytes against quality (``make bench-accuracy``).
 
 Measured on SmolLM2-135M (head_size 64), decoding token by token, on four held-out texts (drama,
-essays, a guide, Perl; 2 x 2,048 tokens each); the sparsity of ``quality`` was changed on tuning texts
-after part of its held-out figures was known. Bytes are per token and KV head and
-include the window, spread over a context of 4,096 tokens; dense bfloat16 is 256.
+essays, a guide, Perl; 2 x 2,048 tokens each); the sparsity of ``quality`` was changed on tuning
+texts after part of its held-out figures was known. Bytes are per token and KV head and include the
+window, spread over a context of 4,096 tokens; dense bfloat16 is 256.
 
 ========  =====  =======  ================  ======  =====
 preset    bytes  vs bf16  perplexity ratio  KL      top-1
