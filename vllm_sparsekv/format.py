@@ -11,7 +11,8 @@ survivors, b = bits of the codec, s = scale bytes of the codec; K and V have the
 
 N is a multiple of 16, so every section starts at a multiple of 16 bytes. Bit ``i % 8`` of bitmap
 byte ``i // 8`` is set when element i of the vector survived; the values follow in element order.
-Every vector costs the same bytes, so a page is complete once written and needs no offsets.
+Vectors that keep all their elements (k = D) have no bitmap: its section is 0 bytes wide. Every
+vector costs the same bytes, so a page is complete once written and needs no offsets.
 
 The dense window is a ring of slots per request in blocks of its own. One slot, in the model dtype::
 
@@ -64,7 +65,8 @@ class VectorFormat:
 
     @property
     def bitmap_bytes(self) -> int:
-        return self.head_size // 8
+        """0 where every element survives."""
+        return self.head_size // 8 if self.survivors < self.head_size else 0
 
     @property
     def value_bytes(self) -> int:

@@ -40,8 +40,12 @@ def pack_vectors(
         fmt: format of these vectors.
 
     Returns:
-        bitmaps (..., D/8), values (..., value_bytes) and scales (..., scale_bytes), all uint8.
+        bitmaps (..., bitmap_bytes), values (..., value_bytes) and scales (..., scale_bytes), all
+        uint8.
     """
+    if fmt.survivors == fmt.head_size:
+        values, scales = fmt.codec.encode(x + 0.0)
+        return values[..., :0], values, scales
     mask = survivor_mask(x, fmt.survivors)
     bit = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
     bitmap = (mask.unflatten(-1, (-1, 8)) * bit).sum(-1, dtype=torch.uint8)
@@ -55,7 +59,7 @@ def unpack_vectors(
     """Decode vectors; pruned elements are 0. The inverse of :func:`pack_vectors`.
 
     Args:
-        bitmap: (..., D/8) uint8.
+        bitmap: (..., bitmap_bytes) uint8.
         values: (..., value_bytes) uint8.
         scales: (..., scale_bytes) uint8.
         fmt: format of these vectors.
@@ -64,6 +68,8 @@ def unpack_vectors(
         (..., D) float32.
     """
     survivors = fmt.survivors
+    if survivors == fmt.head_size:
+        return fmt.codec.decode(values, scales)
     ranks, population = _byte_tables(survivors, bitmap.device)
     byte = bitmap.int()
     count = embedding(byte, population).squeeze(-1)
