@@ -49,7 +49,7 @@ AXES: dict[str, tuple[Any, ...]] = {
         ("int4", "fp8"),
         ("fp8", "auto"),
     ),
-    "sparsities": ((0.5, 0.5), (0.3, 0.5), (0.7, 0.3), (0.0, 0.0)),
+    "sparsities": ((0.5, 0.5), (0.3, 0.5), (0.7, 0.3), (0.0, 0.5), (0.5, 0.0), (0.0, 0.0)),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
     "window": ((0, 0), (64, 0), (24, 0), (64, 3)),
 }

@@ -73,7 +73,9 @@ def test_ragged_matrix(spec, isa):
 
 
 @pytest.mark.parametrize("codec, dtype", CODECS)
-@pytest.mark.parametrize("head_size, survivors_share", [(64, 0.5), (80, 0.35), (256, 0.9)])
+@pytest.mark.parametrize(
+    "head_size, survivors_share", [(64, 0.5), (80, 0.35), (256, 0.9), (128, 1.0)]
+)
 def test_pack_chooses_the_same_survivors(isa, codec, dtype, head_size, survivors_share):
     """Ties, zeros of both signs, subnormals, the extremes of the dtype, Inf and NaN."""
     generator = torch.Generator().manual_seed(0)

@@ -13,6 +13,7 @@ class Batch {
     void carve(Carver& carver, int head_size, const VectorLayout& layout) {
         head_size_ = head_size;
         layout_ = layout;
+        whole_ = layout.survivors == head_size;
         const size_t row = head_size * sizeof(float);
         values_ = carver.take<uint8_t>(BATCH * row + row + OVERREAD);
         bitmap_ = carver.take<uint8_t>(BATCH * head_size / 8);
@@ -24,6 +25,7 @@ class Batch {
     void begin() {
         has_nan_ = false;
         place_ = {values_, bitmap_};
+        if (whole_) memset(bitmap_, 0xff, BATCH * head_size_ / 8);
         for (int i = 0; i < BATCH; ++i) {
             ones_[i] = 1;
             units_[i] = expand_unit(layout_.storage);
@@ -38,10 +40,10 @@ class Batch {
         const uint8_t* bitmap = section.bitmap + first * bitmap_bytes;
         if (layout_.storage == FP8) has_nan_ |= any_fp8_nan(source, count * bytes);
         if (in_place && layout_.storage != INT4) {
-            place_ = {source, bitmap};
+            place_ = {source, whole_ ? bitmap_ : bitmap};
             return;
         }
-        memcpy(bitmap_ + n * bitmap_bytes, bitmap, count * bitmap_bytes);
+        if (!whole_) memcpy(bitmap_ + n * bitmap_bytes, bitmap, count * bitmap_bytes);
         if (layout_.storage != INT4) {
             memcpy(values_ + n * bytes, source, count * bytes);
             return;
@@ -120,7 +122,7 @@ class Batch {
     } place_{};
     float *units_ = nullptr, *ones_ = nullptr;
     float* exact_ = nullptr;
-    bool has_nan_ = false;
+    bool has_nan_ = false, whole_ = false;
 };
 
 }  // namespace sparsekv

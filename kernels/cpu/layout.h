@@ -22,13 +22,14 @@ struct Layout {
     int32_t window;
     VectorLayout key, value;
 
-    int bitmap_bytes() const { return head_size / 8; }
+    // 0 where every element survives.
+    int bitmap_bytes(const VectorLayout& x) const { return x.survivors < head_size ? head_size / 8 : 0; }
     int element_bytes() const { return storage_bits(storage) / 8; }
     int row_bytes() const { return head_size * element_bytes(); }
     int slot_bytes() const { return 2 * row_bytes() + 8; }
     int token_bytes() const {
-        return 2 * bitmap_bytes() + key.value_bytes() + value.value_bytes() + scale_bytes(key.storage) +
-               scale_bytes(value.storage);
+        return bitmap_bytes(key) + bitmap_bytes(value) + key.value_bytes() + value.value_bytes() +
+               scale_bytes(key.storage) + scale_bytes(value.storage);
     }
 };
 
@@ -43,8 +44,8 @@ struct Tile {
     Section<Byte> key, value;
     Tile(Byte* tile, int64_t tokens, const Layout& layout) {
         key.bitmap = tile;
-        value.bitmap = key.bitmap + tokens * layout.bitmap_bytes();
-        key.values = value.bitmap + tokens * layout.bitmap_bytes();
+        value.bitmap = key.bitmap + tokens * layout.bitmap_bytes(layout.key);
+        key.values = value.bitmap + tokens * layout.bitmap_bytes(layout.value);
         value.values = key.values + tokens * layout.key.value_bytes();
         key.scales = value.values + tokens * layout.value.value_bytes();
         value.scales = key.scales + tokens * scale_bytes(layout.key.storage);

@@ -63,22 +63,23 @@ void select_row(const uint8_t* row, int size, int survivors, uint8_t* kept) {
 void pack_row(
     const uint8_t* row, const Layout& layout, const VectorLayout& vector, const Section<uint8_t>& section, int offset) {
     const int size = layout.head_size;
-    alignas(64) uint8_t kept[MAX_HEAD_SIZE];
     alignas(64) float x[MAX_HEAD_SIZE];
-    if (layout.storage == FLOAT32) select_row<uint32_t>(row, size, vector.survivors, kept);
-    else select_row<uint16_t>(row, size, vector.survivors, kept);
     decode_row(layout.storage, row, size, x);
-
-    uint8_t* bitmap = section.bitmap + offset * layout.bitmap_bytes();
-    for (int i = 0; i < size; i += 8) {
-        uint64_t flags;
-        memcpy(&flags, kept + i, 8);
-        bitmap[i / 8] = static_cast<uint8_t>(flags * 0x0102040810204080u >> 56);
-    }
-    int rank = 0;
-    for (int i = 0; i < size; ++i) {
-        x[rank] = x[i] + 0.f;  // -0 to 0
-        rank += kept[i];
+    for (int i = 0; i < size; ++i) x[i] += 0.f;  // -0 to 0
+    if (const int bitmap_bytes = layout.bitmap_bytes(vector)) {
+        alignas(64) uint8_t kept[MAX_HEAD_SIZE];
+        if (layout.storage == FLOAT32) select_row<uint32_t>(row, size, vector.survivors, kept);
+        else select_row<uint16_t>(row, size, vector.survivors, kept);
+        uint8_t* bitmap = section.bitmap + offset * bitmap_bytes;
+        for (int i = 0; i < size; i += 8) {
+            uint64_t flags;
+            memcpy(&flags, kept + i, 8);
+            bitmap[i / 8] = static_cast<uint8_t>(flags * 0x0102040810204080u >> 56);
+        }
+        for (int i = 0, rank = 0; i < size; ++i) {
+            x[rank] = x[i];
+            rank += kept[i];
+        }
     }
     encode(vector.storage, x, vector.survivors, section.values + offset * vector.value_bytes(),
            section.scales + offset * scale_bytes(vector.storage));

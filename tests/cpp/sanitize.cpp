@@ -31,18 +31,16 @@ void fill(uint8_t* out, int storage, size_t n) {
 }
 
 struct Shape {
-    int head_size, group, block_size, window, model, key_storage, value_storage, threads;
+    int head_size, group, block_size, window, model;
+    VectorLayout key, value;
+    int threads;
 };
 
 // Writes a history of random lengths token by token, then attends and stores one ragged step.
 void run_batch(const Shape& shape) {
     const int kv_heads = 2, heads = kv_heads * shape.group, num_reqs = 4;
-    const auto survivors = [&](int divisor) { return (shape.head_size / divisor + 3) / 4 * 4; };
-    const Layout layout{shape.head_size, shape.model, shape.window, {survivors(2), shape.key_storage},
-                        {survivors(3), shape.value_storage}};
-    const int64_t token_bytes = 2 * layout.bitmap_bytes() + layout.key.value_bytes() + layout.value.value_bytes() +
-                                scale_bytes(shape.key_storage) + scale_bytes(shape.value_storage);
-    const int64_t tile = shape.block_size * token_bytes;
+    const Layout layout{shape.head_size, shape.model, shape.window, shape.key, shape.value};
+    const int64_t tile = int64_t(shape.block_size) * layout.token_bytes();
     const int slots = 4, ring_blocks = (shape.window + slots - 1) / slots;
 
     Array<int32_t> starts(num_reqs + 1), seq_lens(num_reqs);
@@ -116,7 +114,11 @@ int main() {
                 const int block_size = batches % 2 ? 16 : 64, window = batches % 3 ? 24 : 0;
                 const int stored = storage < 0 ? model : storage;
                 const int value_stored = batches % 4 ? stored : int(INT4);
-                run_batch({head_size, 1 + batches % 5, block_size, window, model, stored, value_stored, 1 + batches % 2});
+                // One of `divisor` elements survives, or all of them.
+                const auto survivors = [&](int divisor) { return (head_size / divisor + 3) / 4 * 4; };
+                const VectorLayout key{survivors(batches / 3 % 2 + 1), stored};
+                const VectorLayout value{survivors(batches / 2 % 3 + 1), value_stored};
+                run_batch({head_size, 1 + batches % 5, block_size, window, model, key, value, 1 + batches % 2});
                 ++batches;
             }
     std::printf("%d batches\n", batches);
