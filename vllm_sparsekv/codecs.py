@@ -111,7 +111,7 @@ class Int4Codec:
         codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).float()
         scale = scales.contiguous().view(torch.uint16).int()
         step = (scale >> 1 & 0x7FC0).to(torch.int16).view(torch.float16).float()
-        return step * codes - step * (scale & 127) / 8
+        return codes.mul_(step).sub_(step * (scale & 127) / 8)
 
 
 Codec = AutoCodec | Fp8Codec | Int4Codec

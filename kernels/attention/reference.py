@@ -133,10 +133,9 @@ def _attend_window(
     in_window = (position >= context - fmt.window) & (position >= 0) & (position < context)
     in_place = position % tag.shape[-1] == torch.arange(tag.shape[-1], device=tag.device)
     usable = in_window & in_place
-    hidden = ~usable.unsqueeze(-1)
     softmax.add(
-        key.float().masked_fill(hidden, 0),
-        value.float().masked_fill(hidden, 0),
+        key.float(),
+        value.float().masked_fill(~usable.unsqueeze(-1), 0),
         usable.unsqueeze(2),
     )
     return tag.long() * usable
@@ -166,10 +165,10 @@ def _attend_pages(
         sections = fmt.sections(pages.index_select(0, blocks.flatten()))
         # Blocks (R * n, H, N, ...) to one run of tokens (R, H, n * N, ...).
         tile = [s.unflatten(0, blocks.shape).transpose(1, 2).flatten(2, 3) for s in sections]
-        # Whatever lies in memory no token was written to unpacks to zeros.
-        tile = [section.masked_fill(~stored.unsqueeze(-1), 0) for section in tile]
         key = unpack_vectors(*tile[0::2], fmt.key)
-        value = unpack_vectors(*tile[1::2], fmt.value)
+        # Whatever lies in memory no token was written to: its score is masked, its value zero.
+        used = stored.unsqueeze(-1).byte()
+        value = unpack_vectors(*(section * used for section in tile[1::2]), fmt.value)
         softmax.add(key, value, stored.unsqueeze(2))
 
 
