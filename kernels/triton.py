@@ -20,6 +20,7 @@ def vector_constants(name: str, fmt: VectorFormat) -> dict[str, int]:
     """Compile-time constants of the vectors ``name``, ``K`` or ``V``, by kernel parameter."""
     return {
         f"{name}_CODEC": CODEC_IDS[fmt.codec.name],
+        f"{name}_BITMAP_BYTES": fmt.bitmap_bytes,
         f"{name}_VALUE_BYTES": fmt.value_bytes,
         f"{name}_SCALE_BYTES": fmt.scale_bytes,
     }

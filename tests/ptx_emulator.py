@@ -42,7 +42,6 @@ class _Machine:
         self.registers = registers
         self.lane = np.arange(size, dtype=np.uint64) % LANES
         self.warp = np.arange(size) // LANES * LANES
-        self.noise = np.random.default_rng(0)
 
     def read(self, operand: str, bits: int = 32) -> np.ndarray:
         if operand == "%laneid":
@@ -55,18 +54,12 @@ class _Machine:
     def execute(self, instruction: str) -> None:
         if instruction.startswith("."):
             return
-        guard = None
-        if instruction.startswith("@"):
-            guard, instruction = instruction[1:].split(None, 1)
         opcode, rest = instruction.split(None, 1)
         method = getattr(self, "do_" + opcode.replace(".", "_"), None)
         if method is None:
             raise ValueError(f"instruction {instruction!r}: not emulated")
         operands = [x.strip() for x in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", rest)]
-        if guard is None:
-            method(*operands)
-        else:
-            method(*operands, where=self.registers[guard].astype(bool))
+        method(*operands)
 
     def do_mov_b32(self, target: str, source: str) -> None:
         if target.startswith("{"):
@@ -87,41 +80,43 @@ class _Machine:
     def do_not_b32(self, target: str, a: str) -> None:
         self.registers[target] = ~self.read(a) & np.uint64(0xFFFFFFFF)
 
-    def do_add_u32(self, target: str, a: str, b: str) -> None:
-        self.registers[target] = self.read(a) + self.read(b) & np.uint64(0xFFFFFFFF)
-
-    def do_add_u64(self, target: str, a: str, b: str) -> None:
-        self.registers[target] = self.read(a, 64) + self.read(b, 64)
-
-    def do_cvt_u64_u32(self, target: str, a: str) -> None:
-        self.registers[target] = self.read(a)
-
     def do_shl_b32(self, target: str, a: str, b: str) -> None:
         self.registers[target] = self.read(a) << self.read(b) & np.uint64(0xFFFFFFFF)
 
     def do_shr_u32(self, target: str, a: str, b: str) -> None:
         self.registers[target] = self.read(a) >> self.read(b)
 
-    def do_bfe_u32(self, target: str, a: str, start: str, length: str) -> None:
-        self.registers[target] = self.read(a) >> self.read(start) & np.uint64(2 ** int(length) - 1)
+    def do_shr_s32(self, target: str, a: str, b: str) -> None:
+        shifted = self._signed(a) >> self.read(b).astype(np.int64)
+        self.registers[target] = shifted.view(np.uint64) & np.uint64(0xFFFFFFFF)
+
+    def do_sub_s32(self, target: str, a: str, b: str) -> None:
+        self.registers[target] = self.read(a) - self.read(b) & np.uint64(0xFFFFFFFF)
+
+    def do_mad_wide_s32(self, target: str, a: str, b: str, c: str) -> None:
+        product = (self._signed(a) * self._signed(b)).view(np.uint64)
+        self.registers[target] = product + self.read(c, 64)
+
+    def do_bmsk_clamp_b32(self, target: str, start: str, length: str) -> None:
+        mask = (np.uint64(1) << np.minimum(self.read(length), 32)) - np.uint64(1)
+        self.registers[target] = mask << np.minimum(self.read(start), 32) & np.uint64(0xFFFFFFFF)
+
+    def _signed(self, operand: str) -> np.ndarray:
+        return self.read(operand).astype(np.uint32).view(np.int32).astype(np.int64)
 
     def do_popc_b32(self, target: str, a: str) -> None:
         bits = self.read(a).astype("<u4").view(np.uint8).reshape(-1, 4)
         self.registers[target] = np.unpackbits(bits, axis=1).sum(1).astype(np.uint64)
 
-    def do_setp_gt_s32(self, target: str, a: str, b: str) -> None:
-        signed = (self.read(x).astype(np.uint32).view(np.int32) for x in (a, b))
-        self.registers[target] = np.greater(*signed)
-
-    def do_shf_r_wrap_b32(self, target: str, low: str, high: str, shift: str) -> None:
+    def do_shf_l_wrap_b32(self, target: str, low: str, high: str, shift: str) -> None:
         self._funnel(target, low, high, self.read(shift) % 32)
 
-    def do_shf_r_clamp_b32(self, target: str, low: str, high: str, shift: str) -> None:
+    def do_shf_l_clamp_b32(self, target: str, low: str, high: str, shift: str) -> None:
         self._funnel(target, low, high, np.minimum(self.read(shift), 32))
 
     def _funnel(self, target: str, low: str, high: str, shift: np.ndarray) -> None:
         both = self.read(low) | self.read(high) << np.uint64(32)
-        self.registers[target] = both >> shift.astype(np.uint64) & np.uint64(0xFFFFFFFF)
+        self.registers[target] = both >> np.uint64(32) - shift & np.uint64(0xFFFFFFFF)
 
     def do_shfl_sync_idx_b32(self, target: str, a: str, lane: str, clamp: str, mask: str) -> None:
         assert int(clamp) == LANES - 1 and int(mask, 0) == 2**32 - 1
@@ -163,17 +158,11 @@ class _Machine:
             result |= value.view(np.uint16).astype(np.uint64) << shift
         self.registers[target] = result
 
-    def do_ld_global_nc_b32(self, target: str, place: str, where: np.ndarray | None = None) -> None:
+    def do_ld_global_nc_b32(self, target: str, place: str) -> None:
         base, _, offset = place.strip("[]").partition("+")
-        address = self.read(base, 64) + np.uint64(int(offset or 0))
+        address = self.read(base, 64) + np.int64(int(offset or 0)).view(np.uint64)
         assert not (address % np.uint64(4)).any(), "misaligned load"
-        value = self.noise.integers(2**32, size=len(address), dtype=np.uint64)
-        wanted = np.ones(len(address), bool) if where is None else where
-        if wanted.any():
-            first, last = int(address[wanted].min()), int(address[wanted].max())
-            span = (ctypes.c_uint8 * (last - first + 4)).from_address(first)
-            words = np.frombuffer(span, dtype=np.uint32)
-            value[wanted] = words[
-                ((address[wanted] - np.uint64(first)) // np.uint64(4)).astype(int)
-            ]
-        self.registers[target] = value
+        first, last = int(address.min()), int(address.max())
+        span = (ctypes.c_uint8 * (last - first + 4)).from_address(first)
+        words = np.frombuffer(span, dtype=np.uint32)
+        self.registers[target] = words[((address - np.uint64(first)) // np.uint64(4)).astype(int)]

@@ -172,6 +172,6 @@ def _loops(listing: str) -> list[list[str]]:
 def _history_loop(loops: list[list[str]]) -> list[str]:
     """The first loop that unpacks, which is the one over whole tiles."""
     for body in loops:
-        if sum("SHFL.IDX" in line for line in body) >= 8:
+        if any("HMMA" in line for line in body):
             return body
     raise RuntimeError("no loop with the table look-ups of the unpacking found")

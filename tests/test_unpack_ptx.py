@@ -6,32 +6,43 @@ import numpy as np
 import ptx_emulator
 import pytest
 
-from vllm_sparsekv.kernels.attention.ptx import ELEMENTS, unpack_word
+from vllm_sparsekv.kernels.attention.ptx import ELEMENTS, OVERRUN, decode_word, unpack_word
 
 WORDS = (
     [0, 0xFFFFFFFF, 1, 0x80000000, 0xFFFF, 0xFFFF0000, 0x55555555, 0xAAAAAAAA, 0x0F0F0F0F]
     + [0xFFFFFFFF >> n for n in range(32)]
+    + [2**32 - 2**n for n in range(32)]
     + np.random.default_rng(0).integers(2**32, size=151, dtype=np.uint64).tolist()
 )
 BITS = {"auto": 16, "fp8": 8, "int4": 4}
 
 
 class Survivors:
-    """Packed survivors in front of ``words`` of one thread each, 256 to a vector."""
+    """Packed survivors behind room for the overrun, 256 to a vector, one vector per word."""
 
     def __init__(self, codec: str) -> None:
         rng = np.random.default_rng(1)
+        self.codec = codec
         self.bits = BITS[codec]
         self.codes = rng.integers(2**self.bits, size=(len(WORDS), 256)).astype(np.uint64)
         if codec == "fp8":
             self.codes[self.codes % 128 == 127] = 0
         self.before = rng.integers(256 - ELEMENTS, size=len(WORDS))
-        self.packed = np.zeros((len(WORDS), 256 * self.bits // 32 + 5), np.uint32)
+        self.before[::3] = 0
+        self.packed = np.full((len(WORDS), (OVERRUN + 32 * self.bits) // 4), 2**32 - 1, np.uint32)
         for word in range(256 * self.bits // 32):
+            column = self.packed[:, OVERRUN // 4 + word]
+            column[:] = 0
             for i in range(32 // self.bits):
                 code = self.codes[:, word * (32 // self.bits) + i].astype(np.uint32)
-                self.packed[:, word] |= code << np.uint32(i * self.bits)
-        self.address = self.packed.ctypes.data + np.arange(len(WORDS)) * self.packed.strides[0]
+                column |= code << np.uint32(i * self.bits)
+        rows = np.arange(len(WORDS)) * self.packed.strides[0]
+        self.address = self.packed.ctypes.data + OVERRUN + rows
+
+    @property
+    def end(self) -> np.ndarray:
+        """(words,): survivors up to the end of each word."""
+        return self.before + [word.bit_count() for word in WORDS]
 
     def expected(self, pruned: np.ndarray) -> np.ndarray:
         """(words, 32): each survivor's code in its element's place, ``pruned`` elsewhere."""
@@ -44,64 +55,82 @@ class Survivors:
                     rank += 1
         return out
 
-    def run(self, codec: str, bounded: bool, converts_fp8: bool, *more: np.ndarray) -> np.ndarray:
-        inputs = [np.array(WORDS), self.before, self.address, *more]
-        text = unpack_word(codec, bounded, converts_fp8)
-        return np.stack(ptx_emulator.run(text, inputs, ELEMENTS), axis=1)
+    def run(self, converts_fp8: bool = True, zero: np.ndarray | None = None) -> np.ndarray:
+        inputs = [np.array(WORDS), self.end, self.address]
+        if self.codec == "int4":
+            inputs.append(zero * 0x02020202)
+        text = unpack_word(self.codec, converts_fp8)
+        return halves(ptx_emulator.run(text, inputs, ELEMENTS // 2))
 
 
-@pytest.mark.parametrize("bounded", [False, True])
-def test_16bit_values(bounded):
+def halves(pairs: list[np.ndarray]) -> np.ndarray:
+    """Results of two 16-bit elements each, (n, elements) uint16."""
+    return np.stack(pairs, axis=1).astype("<u4").view(np.uint16)
+
+
+def fp8_values(codes: np.ndarray) -> np.ndarray:
+    codes = codes.astype(np.int64)
+    sign, exponent, mantissa = codes >> 7, codes >> 3 & 15, codes & 7
+    magnitude = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
+    return np.where(sign, -magnitude, magnitude)
+
+
+def test_16bit_values():
     survivors = Survivors("auto")
-    expected = survivors.expected(np.zeros(len(WORDS)))
-    assert (survivors.run("auto", bounded, True) == expected).all()
+    assert (survivors.run() == survivors.expected(np.zeros(len(WORDS)))).all()
 
 
 @pytest.mark.parametrize("converts_fp8", [False, True])
-@pytest.mark.parametrize("bounded", [False, True])
-def test_fp8(bounded, converts_fp8):
+def test_fp8(converts_fp8):
     survivors = Survivors("fp8")
-    codes = survivors.expected(np.zeros(len(WORDS))).astype(np.int64)
-    sign, exponent, mantissa = codes >> 7, codes >> 3 & 15, codes & 7
-    magnitude = np.where(exponent > 0, (8 + mantissa) * 2.0 ** (exponent - 10), mantissa * 2.0**-9)
-    halves = survivors.run("fp8", bounded, converts_fp8).astype(np.uint16).view(np.float16)
-    assert (halves == np.where(sign, -magnitude, magnitude)).all()
+    expected = fp8_values(survivors.expected(np.zeros(len(WORDS))))
+    assert (survivors.run(converts_fp8).view(np.float16) == expected).all()
 
 
-@pytest.mark.parametrize("bounded", [False, True])
-def test_int4(bounded):
+def test_int4():
     survivors = Survivors("int4")
     zero = np.arange(len(WORDS)) % 128
     sixteenths = survivors.expected(2 * zero)
     survivor = survivors.expected(np.full(len(WORDS), 999)) != 999
     sixteenths = np.where(survivor, 16 * sixteenths, sixteenths)
-    actual = survivors.run("int4", bounded, True, zero * 0x02020202)
-    assert (actual == sixteenths).all()
+    assert (survivors.run(zero=zero) == sixteenths).all()
+
+
+@pytest.mark.parametrize("converts_fp8", [False, True])
+def test_fp8_of_a_whole_vector(converts_fp8):
+    codes = np.array([code for code in range(256) if code % 128 != 127] * 2).reshape(-1, 4)
+    words = codes.astype(np.uint8).view("<u4").ravel().astype(np.int64)
+    actual = halves(ptx_emulator.run(decode_word("fp8", converts_fp8), [words], 2))
+    assert (actual.view(np.float16) == fp8_values(codes)).all()
+
+
+def test_int4_of_a_whole_vector():
+    codes = np.random.default_rng(0).integers(16, size=(100, 8))
+    words = (codes << 4 * np.arange(8)).sum(1)
+    actual = halves(ptx_emulator.run(decode_word("int4", True), [words], 4))
+    assert (actual == (codes * np.tile([1, 16], 4))[:, [0, 4, 1, 5, 2, 6, 3, 7]]).all()
 
 
 @pytest.mark.parametrize("codec", BITS)
-def test_bounded_reads_end_with_the_survivors(codec, monkeypatch):
-    """And unbounded ones at most 20 bytes later, what the layout of a page makes room for."""
+def test_reads_end_with_the_survivors(codec, monkeypatch):
+    """What is read too much lies before the vector, where a page always has something."""
     survivors = Survivors(codec)
-    ends = np.array([survivors.before[i] + bin(word).count("1") for i, word in enumerate(WORDS)])
-    last = survivors.address + -(-ends * BITS[codec] // 32) * 4
-    overrun = {}
+    past, before = [], []
     load = ptx_emulator._Machine.do_ld_global_nc_b32
 
-    def watched(self, target, place, where=None):
+    def watched(self, target, place):
         base, _, offset = place.strip("[]").partition("+")
-        end = self.read(base, 64).astype(np.int64) + int(offset or 0) + 4
-        wanted = np.ones(len(end), bool) if where is None else where
-        past = (end - np.pad(last, (0, len(end) - len(last)), mode="edge"))[wanted]
-        overrun[bounded] = max(overrun.get(bounded, -99), past.max(initial=-99))
-        load(self, target, place, where)
+        start = (self.read(base, 64).astype(np.int64) + int(offset))[: len(WORDS)]
+        before.append((survivors.address - start).max())
+        past.append(
+            (start + 4 - survivors.address - -(-survivors.end * BITS[codec] // 32) * 4).max()
+        )
+        load(self, target, place)
 
     monkeypatch.setattr(ptx_emulator._Machine, "do_ld_global_nc_b32", watched)
-    for bounded in (True, False):
-        zero = [np.zeros(len(WORDS), int)] if codec == "int4" else []
-        survivors.run(codec, bounded, True, *zero)
-    assert overrun[True] <= 0
-    assert 0 < overrun[False] <= 20
+    survivors.run(zero=np.zeros(len(WORDS), int))
+    assert max(past) <= 0
+    assert 0 < max(before) <= OVERRUN
 
 
 def test_an_unknown_instruction_is_an_error():

@@ -33,7 +33,9 @@ class _Results:
 
 
 def _inline_asm(self, text, constraints, values, types, is_pure, pack):
-    assert pack == 1
+    if pack == 2:
+        assert text == "mov.b32 $0, $1;"
+        return _Results(values)
     shape = values[0].data.shape
     inputs = [value.data.reshape(-1) for value in values]
     results = []

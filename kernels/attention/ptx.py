@@ -1,77 +1,115 @@
 """PTX that unpacks 32 elements at once: one bitmap word of one vector, in registers.
 
-A thread owns one bitmap word. It loads the packed survivors of eight or sixteen elements into a
-small window of registers, aligned to the first survivor. Then, a nibble of the bitmap (a pair of
-bits for 16-bit survivors) at a time, ``prmt`` drops each survivor in its element's place, a zero
-where none is, and a funnel shift moves the window past the survivors used up. The byte selector and
-the shift of a nibble come from a table of one entry a lane, read by ``shfl``: no memory, no bank
-conflicts.
+A thread owns one bitmap word and walks it from the top, sixteen elements at a time (eight of 16-bit
+values). It loads their packed survivors into a small window of registers, the last survivor at the
+very top. Then, a nibble of the bitmap at a time, ``prmt`` drops each survivor in its element's
+place, a zero where none is, and a funnel shift moves the window past the survivors used up. Byte
+selectors and shifts come from a table of one entry a lane, read by ``shfl``: no memory, no bank
+conflicts. Walking down, what is read too much lies before the vector, inside the page, so that no
+load needs a bound.
 
-All of this is text for ``tl.inline_asm_elementwise``; operands are 32 16-bit outputs, then
+All of this is text for ``tl.inline_asm_elementwise``; operands are 16 outputs of
+two neighbouring 16-bit elements each (.b32), then
 
 - the bitmap word (.b32),
-- the number of the vector's survivors before it (.b32),
+- the number of the vector's survivors up to its end (.b32),
 - the address of the vector's first survivor, a multiple of 4 (.b64),
 - for int4 its zero in sixteenths of a code, a byte, four times over (.b32). What comes out is the
   code in sixteenths, zero itself where an element was pruned, as the smallest float16 numbers
   (n * 2**-24), which multiply exactly: ``value = (out * 2**24 - zero) * step / 16``.
 
 ``shfl`` needs all lanes of the warp, which Triton's elementwise code always has.
+
+Vectors that keep all their elements have no bitmap: :func:`decode_word` is their 32 bits.
 """
 
 from __future__ import annotations
 
 ELEMENTS = 32
-WORD, BEFORE, ADDRESS, ZERO = (f"${ELEMENTS + i}" for i in range(4))
+WORD, END, ADDRESS, ZERO = (f"${ELEMENTS // 2 + i}" for i in range(4))
 ZERO_BYTE = 4
 """Selects byte 0 of ``prmt``'s second operand, which is zero throughout."""
+OVERRUN = 20
+"""Bytes read before a vector's first survivor at most."""
 
 
 def constraints(codec: str) -> str:
-    """Operand constraints, as LLVM spells them."""
-    return ",".join(["=h"] * ELEMENTS + ["r", "r", "l"] + ["r"] * (codec == "int4"))
+    """Operand constraints of :func:`unpack_word`, as LLVM spells them."""
+    return ",".join(["=r"] * (ELEMENTS // 2) + ["r", "r", "l"] + ["r"] * (codec == "int4"))
 
 
-def unpack_word(codec: str, bounded: bool, converts_fp8: bool) -> str:
+def unpack_word(codec: str, converts_fp8: bool) -> str:
     """The instructions.
 
     Args:
         codec: name of the codec; ``auto`` stands for 16-bit values.
-        bounded: never read past the word's last survivor; otherwise up to 20 bytes past it.
         converts_fp8: the target converts float8 e4m3 in hardware (compute capability 8.9 or more).
     """
-    unpack = {"auto": _unpack_16bit, "fp8": _unpack_fp8, "int4": _unpack_int4}[codec]
     declarations = [
-        ".reg .b32 lane, index, table, low, high, shift, zero, bits, rank, at, entry, four;",
-        ".reg .b32 needed, pair, code, scale;",
+        ".reg .b32 lane, index, table, low, high, shift, zero, at, entry, four;",
+        ".reg .b32 spare, ones, upper, pair, code, scale;",
         ".reg .b32 loaded<5>, window<4>;",
-        ".reg .b64 address;",
+        ".reg .b64 top, address;",
         ".reg .b16 half<2>;",
-        ".reg .pred more;",
         "mov.b32 zero, 0;",
         "mov.u32 lane, %laneid;",
     ]
-    return "\n".join(["{", *declarations, *unpack(bounded, converts_fp8), "}"])
+    if codec == "auto":
+        unpack = _unpack_16bit()
+    elif codec == "fp8":
+        unpack = _unpack_fp8(converts_fp8)
+    else:
+        unpack = _unpack_int4()
+    return "\n".join(["{", *declarations, *unpack, "}"])
+
+
+def decoded_elements(codec: str) -> int:
+    """Elements in 32 bits of a vector that keeps all of them."""
+    return {"fp8": 4, "int4": 8}[codec]
+
+
+def decode_constraints(codec: str) -> str:
+    """Operand constraints of :func:`decode_word`."""
+    return ",".join(["=r"] * (decoded_elements(codec) // 2) + ["r"])
+
+
+def decode_word(codec: str, converts_fp8: bool) -> str:
+    """32 bits of packed elements (.b32, the last operand) to as many float16.
+
+    fp8 keeps the order of elements. int4 puts out elements 0 4 1 5 2 6 3 7, each as the float16
+    ``n * 2**-24``, where n is the code for elements 0, 4, 2, 6 and 16 times the code for the
+    others.
+    """
+    word = f"${decoded_elements(codec) // 2}"
+    lines = [".reg .b32 four, zero, pair, code, scale;", ".reg .b16 half<2>;", "mov.b32 zero, 0;"]
+    if codec == "fp8":
+        lines += [f"mov.b32 four, {word};", *_float16_of_fp8(0, converts_fp8)]
+    else:
+        for out, mask in enumerate(("0x000f000f", "0x00f000f0") * 2):
+            if out == 2:
+                lines.append(f"shr.u32 four, {word}, 8;")
+            source = word if out < 2 else "four"
+            lines.append(f"and.b32 ${out}, {source}, {mask};")
+    return "\n".join(["{", *lines, "}"])
 
 
 def _nibble_selector(nibble: int) -> int:
-    """Selector of the bytes of four elements out of the next four survivors."""
-    selector, rank = 0, 0
+    """Selector of the bytes of four elements out of a register that ends in their survivors."""
+    selector, place = 0, 4 - nibble.bit_count()
     for bit in range(4):
         kept = nibble >> bit & 1
-        selector |= (rank if kept else ZERO_BYTE) << 4 * bit
-        rank += kept
+        selector |= (place if kept else ZERO_BYTE) << 4 * bit
+        place += kept
     return selector
 
 
 def _pair_selector(pair: int) -> int:
-    """Selector of the bytes of two 16-bit elements out of the next two survivors."""
-    selector, rank = 0, 0
+    """Selector of the bytes of two 16-bit elements, likewise."""
+    selector, place = 0, 4 - 2 * pair.bit_count()
     for bit in range(2):
         kept = pair >> bit & 1
-        place = 2 * rank | (2 * rank + 1) << 4
-        selector |= (place if kept else ZERO_BYTE * 0x11) << 8 * bit
-        rank += kept
+        selector |= (place | place + 1 << 4 if kept else ZERO_BYTE * 0x11) << 8 * bit
+        place += 2 * kept
     return selector
 
 
@@ -84,22 +122,24 @@ def _bytes(values: list[int]) -> list[str]:
 def _nibble_table() -> list[str]:
     """table = selector | 8 * survivors << 16 of the nibble ``lane & 15``.
 
-    Two look-ups by its lower three bits; bit 3 only turns the last element's zero off, as any digit
-    from ZERO_BYTE on selects a zero.
+    Two look-ups by its upper three bits; bit 0 only turns the first element's zero off, as any
+    digit from ZERO_BYTE on selects a zero.
     """
-    low = _bytes([_nibble_selector(n) & 0xFF for n in range(8)])
-    high = _bytes([_nibble_selector(n | 8) >> 8 for n in range(8)])
+    low = _bytes([_nibble_selector(2 * n + 1) & 0xFF for n in range(8)])
+    high = _bytes([_nibble_selector(2 * n + 1) >> 8 for n in range(8)])
     return [
-        "and.b32 index, lane, 7;",
+        "shr.u32 index, lane, 1;",
+        "and.b32 index, index, 7;",
         f"mov.b32 low, {low[0]};",
-        "prmt.b32 low, low, low, index;",
+        f"mov.b32 table, {low[1]};",
+        "prmt.b32 low, low, table, index;",
         f"mov.b32 high, {high[0]};",
         f"mov.b32 table, {high[1]};",
         "prmt.b32 high, high, table, index;",
         "not.b32 shift, lane;",
-        "and.b32 shift, shift, 8;",
-        "shl.b32 shift, shift, 3;",
-        "or.b32 high, high, shift;",
+        "and.b32 shift, shift, 1;",
+        "shl.b32 shift, shift, 2;",
+        "or.b32 low, low, shift;",
         "prmt.b32 table, low, high, 0x0040;",
         "and.b32 index, lane, 15;",
         "popc.b32 index, index;",
@@ -109,7 +149,7 @@ def _nibble_table() -> list[str]:
 
 
 def _pair_table() -> list[str]:
-    """table = selector | 16 * survivors << 16 of the pair ``lane & 3``."""
+    """table = selector | 16 * survivors << 16 of the pair ``lane & 3``, upper of the bits above."""
     low = _bytes([_pair_selector(n) & 0xFF for n in range(4)])[0]
     high = _bytes([_pair_selector(n) >> 8 for n in range(4)])[0]
     shifts = _bytes([16 * n.bit_count() for n in range(4)])[0]
@@ -124,90 +164,95 @@ def _pair_table() -> list[str]:
         "prmt.b32 table, low, high, 0x0040;",
         "and.b32 shift, shift, 0xff;",
         "prmt.b32 table, table, shift, 0x7410;",
+        "shr.u32 index, lane, 2;",
+        "shfl.sync.idx.b32 upper, table, index, 31, 0xffffffff;",
     ]
 
 
-def _window(first: int, elements: int, value_bits: int, bounded: bool) -> list[str]:
-    """Bring the survivors of ``elements`` bits from ``first`` on to the start of the window.
+def _top(value_bits: int) -> list[str]:
+    """Where the word's last survivor lies.
 
-    Leaves those bits at the bottom of ``bits``, whatever follows them above.
+    ``top`` is the address of the 32 bits that hold it; ``spare`` the places after it there, and
+    ``ones`` has as many bits set.
     """
-    words = elements * value_bits // 32
-    ranked = f"and.b32 at, {WORD}, {(1 << first) - 1:#x};"
-    mask = (1 << elements) - 1
-    aligned = 32 // value_bits - 1
-    scale = (value_bits // 8).bit_length() - 1
-    to_bytes = f"shl.b32 at, at, {scale};" if scale >= 0 else "shr.u32 at, at, 1;"
-    lines = [
-        f"shr.u32 bits, {WORD}, {first};" if first else f"mov.b32 bits, {WORD};",
-        *([ranked, "popc.b32 rank, at;", f"add.u32 rank, rank, {BEFORE};"] if first else []),
-        *([] if first else [f"mov.b32 rank, {BEFORE};"]),
-        f"and.b32 at, rank, {~aligned};" if aligned else "mov.b32 at, rank;",
-        to_bytes,
-        "cvt.u64.u32 address, at;",
-        f"add.u64 address, address, {ADDRESS};",
+    per_word = 32 // value_bits
+    return [
+        f"sub.s32 at, {END}, 1;",
+        "not.b32 spare, at;",
+        f"and.b32 spare, spare, {per_word - 1};",
+        "bmsk.clamp.b32 ones, zero, spare;",
+        f"shr.s32 at, at, {per_word.bit_length() - 1};",
+        f"mad.wide.s32 top, at, 4, {ADDRESS};",
     ]
-    if bounded:
-        lines += [
-            f"and.b32 needed, bits, {mask:#x};",
-            "popc.b32 needed, needed;",
-            f"and.b32 at, rank, {aligned};",
-            "add.u32 needed, needed, at;",
-        ]
-    for i in range(words + 1):
-        guard = "@more " if bounded else ""
-        if bounded:
-            lines.append(f"setp.gt.s32 more, needed, {i * 32 // value_bits};")
-        lines.append(f"{guard}ld.global.nc.b32 loaded{i}, [address+{4 * i}];")
-    lines.append(f"shl.b32 shift, rank, {value_bits.bit_length() - 1};")
-    lines += [f"shf.r.wrap.b32 window{i}, loaded{i}, loaded{i + 1}, shift;" for i in range(words)]
-    return lines
 
 
-def _take(bit: int, left: int, select: str, store: list[str]) -> list[str]:
-    """Drop the survivors of the bits from ``bit`` on in place and pass them.
+def _window(first: int, elements: int, value_bits: int) -> list[str]:
+    """The survivors of the bits from ``first`` on, the last one at the top of ``window0``."""
+    words, per_word = elements * value_bits // 32, 32 // value_bits
+    above = 2**ELEMENTS - 2 ** (first + elements)
+    if above:
+        # Survivors above the window and the spare places count alike.
+        passed = [f"and.b32 at, {WORD}, {above:#x};", "or.b32 at, at, ones;", "popc.b32 at, at;"]
+    else:
+        passed = ["mov.b32 at, spare;"]
+    lines = [
+        *passed,
+        f"shl.b32 shift, at, {value_bits.bit_length() - 1};",
+        f"shr.u32 at, at, {per_word.bit_length() - 1};",
+        "mad.wide.s32 address, at, -4, top;",
+    ]
+    lines += [f"ld.global.nc.b32 loaded{i}, [address+{-4 * i}];" for i in range(words + 1)]
+    return lines + [
+        f"shf.l.wrap.b32 window{i}, loaded{i + 1}, loaded{i}, shift;" for i in range(words)
+    ]
+
+
+def _take(left: int, *select: str, look_up: str = "table") -> list[str]:
+    """Drop the survivors of the next bits in place and pass them.
 
     Args:
         left: window registers still needed afterwards.
+        look_up: the table that ``index`` chooses from.
     """
-    lines = [
-        f"shr.u32 index, bits, {bit};" if bit else "mov.b32 index, bits;",
-        "shfl.sync.idx.b32 entry, table, index, 31, 0xffffffff;",
-        select,
-        *store,
-    ]
-    if left:
-        lines.append("shr.u32 shift, entry, 16;")
-    return lines + [
-        f"shf.r.clamp.b32 window{i}, window{i}, window{i + 1}, shift;" for i in range(left)
+    shift = ["shr.u32 shift, entry, 16;"] if left else []
+    return [
+        f"shfl.sync.idx.b32 entry, {look_up}, index, 31, 0xffffffff;",
+        *select,
+        *shift,
+        *(f"shf.l.clamp.b32 window{i}, window{i + 1}, window{i}, shift;" for i in range(left)),
     ]
 
 
-def _unpack_fp8(bounded: bool, converts: bool) -> list[str]:
-    lines = _nibble_table()
-    for first in (0, 16):
-        lines += _window(first, 16, 8, bounded)
-        for nibble in range(4):
+def _index(bit: int) -> str:
+    """The next look-ups are for the nibble from ``bit`` on."""
+    return f"shr.u32 index, {WORD}, {bit};"
+
+
+def _unpack_fp8(converts: bool) -> list[str]:
+    lines = _nibble_table() + _top(8)
+    for first in (16, 0):
+        lines += _window(first, 16, 8)
+        for nibble in (3, 2, 1, 0):
             out = first + 4 * nibble
-            lines += _take(
-                4 * nibble,
-                3 - nibble,
-                "prmt.b32 four, window0, zero, entry;",
-                _convert_fp8(out) if converts else _widen_fp8(out),
-            )
+            select = "prmt.b32 four, window0, zero, entry;"
+            lines += [_index(out), *_take(nibble, select, *_float16_of_fp8(out, converts))]
     return lines
 
 
+def _float16_of_fp8(out: int, converts: bool) -> list[str]:
+    """The e4m3 bytes of ``four`` to outputs from ``out`` on."""
+    return _convert_fp8(out) if converts else _widen_fp8(out)
+
+
 def _convert_fp8(out: int) -> list[str]:
-    """Four e4m3 bytes to float16."""
     lines = ["mov.b32 {half0, half1}, four;"]
     for i in range(2):
-        lines += [f"cvt.rn.f16x2.e4m3x2 pair, half{i};", _store(out + 2 * i)]
+        lines.append(f"cvt.rn.f16x2.e4m3x2 {_pair(out + 2 * i)}, half{i};")
     return lines
 
 
 def _widen_fp8(out: int) -> list[str]:
-    """The same by hand: exponent and mantissa move under float16's, which costs a factor of 2**-8.
+    """By hand: exponent and mantissa move under float16's, which costs a factor of 2**-8.
 
     NaN, which only a NaN in the model can have stored, reads as 480.
     """
@@ -219,37 +264,35 @@ def _widen_fp8(out: int) -> list[str]:
             "and.b32 code, code, 0x3f803f80;",
             "and.b32 pair, pair, 0x80008000;",
             "or.b32 pair, pair, code;",
-            "mul.rn.f16x2 pair, pair, scale;",
-            _store(out + 2 * i),
+            f"mul.rn.f16x2 {_pair(out + 2 * i)}, pair, scale;",
         ]
     return lines
 
 
-def _unpack_16bit(bounded: bool, converts: bool) -> list[str]:
-    lines = _pair_table()
-    for first in range(0, ELEMENTS, 8):
-        lines += _window(first, 8, 16, bounded)
-        for pair in range(4):
-            lines += _take(
-                2 * pair,
-                3 - pair,
-                "prmt.b32 pair, window0, zero, entry;",
-                [_store(first + 2 * pair)],
-            )
+def _unpack_16bit() -> list[str]:
+    lines = _pair_table() + _top(16)
+    for first in range(ELEMENTS - 8, -1, -8):
+        lines += _window(first, 8, 16)
+        for pair in (3, 2, 1, 0):
+            out = first + 2 * pair
+            select = f"prmt.b32 {_pair(out)}, window0, zero, entry;"
+            if pair % 2:
+                lines.append(_index(out - 2))
+            lines += _take(pair, select, look_up="upper" if pair % 2 else "table")
     return lines
 
 
-def _unpack_int4(bounded: bool, converts: bool) -> list[str]:
-    lines = _nibble_table()
-    for first in (0, 16):
-        lines += _window(first, 16, 4, bounded) + _spread_nibbles()
-        for nibble in range(4):
+def _unpack_int4() -> list[str]:
+    lines = _nibble_table() + _top(4)
+    for first in (16, 0):
+        lines += _window(first, 16, 4) + _spread_nibbles()
+        for nibble in (3, 2, 1, 0):
             out = first + 4 * nibble
             store = []
             for i, selector in enumerate(("0x4140", "0x4342")):
-                store += [f"prmt.b32 pair, four, zero, {selector};", _store(out + 2 * i)]
+                store.append(f"prmt.b32 {_pair(out + 2 * i)}, four, zero, {selector};")
             select = f"prmt.b32 four, window0, {ZERO}, entry;"
-            lines += _take(4 * nibble, 3 - nibble, select, store)
+            lines += [_index(out), *_take(nibble, select, *store)]
     return lines
 
 
@@ -261,12 +304,12 @@ def _spread_nibbles() -> list[str]:
             f"shl.b32 low, window{i}, 4;",
             "and.b32 low, low, 0xf0f0f0f0;",
             f"and.b32 high, window{i}, 0xf0f0f0f0;",
-            f"prmt.b32 window{2 * i}, low, high, 0x5140;",
-            f"prmt.b32 window{2 * i + 1}, low, high, 0x7362;",
+            f"prmt.b32 window{2 * i}, low, high, 0x7362;",
+            f"prmt.b32 window{2 * i + 1}, low, high, 0x5140;",
         ]
     return lines
 
 
-def _store(out: int) -> str:
-    """The two halves of ``pair`` are two neighbouring elements."""
-    return f"mov.b32 {{${out}, ${out + 1}}}, pair;"
+def _pair(element: int) -> str:
+    """The output that holds ``element`` and the next one."""
+    return f"${element // 2}"

@@ -21,7 +21,13 @@ from vllm_sparsekv.kernels.attention.launch import (
     choose_launch,
     workspace_elements,
 )
-from vllm_sparsekv.kernels.attention.unpack import INT4_STEP, INT4_ZERO, unpack_tile
+from vllm_sparsekv.kernels.attention.unpack import (
+    INT4_STEP,
+    INT4_ZERO,
+    decoded_query,
+    encoded_order,
+    unpack_tile,
+)
 from vllm_sparsekv.kernels.triton import AUTO, INT4, find_request
 
 LOG2_E = 1.4426950408889634
@@ -172,6 +178,8 @@ def _attend(
     TILE: tl.constexpr,
     DENSE_TILE: tl.constexpr,
     SPLITS: tl.constexpr,
+    K_BITMAP_BYTES: tl.constexpr,
+    V_BITMAP_BYTES: tl.constexpr,
     K_VALUE_BYTES: tl.constexpr,
     V_VALUE_BYTES: tl.constexpr,
     K_SCALE_BYTES: tl.constexpr,
@@ -210,7 +218,7 @@ def _attend(
         other=0,
     )
 
-    K_VALUES_AT: tl.constexpr = BLOCK_SIZE * 2 * (D // 8)
+    K_VALUES_AT: tl.constexpr = BLOCK_SIZE * (K_BITMAP_BYTES + V_BITMAP_BYTES)
     V_VALUES_AT: tl.constexpr = K_VALUES_AT + BLOCK_SIZE * K_VALUE_BYTES
     K_SCALES_AT: tl.constexpr = V_VALUES_AT + BLOCK_SIZE * V_VALUE_BYTES
     V_SCALES_AT: tl.constexpr = K_SCALES_AT + BLOCK_SIZE * K_SCALE_BYTES
@@ -225,6 +233,8 @@ def _attend(
     if K_CODEC == INT4 and WORDS:
         query_sum = tl.sum(k_query.to(tl.float32), axis=1) * INT4_ZERO
         k_scale *= INT4_STEP
+        if K_BITMAP_BYTES == 0:
+            k_query = decoded_query(k_query)
 
     # Sums over tokens stay apart by their place in the tile until all tiles are done.
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -271,16 +281,16 @@ def _attend(
                 offset = position % BLOCK_SIZE
             page = pages + block.to(tl.int64) * page_block_stride
             k, k_step, k_zero = unpack_tile(
-                page + offset * (D // 8),
+                page + offset * K_BITMAP_BYTES,
                 page + (K_VALUES_AT + offset * K_VALUE_BYTES),
                 page + (K_SCALES_AT + offset * K_SCALE_BYTES),
                 visible,
                 D,
                 PADDED,
+                K_BITMAP_BYTES,
                 K_CODEC,
                 K_DTYPE,
                 WORDS,
-                False,
                 CONVERTS_FP8,
             )
             scores = tl.dot(k, query_columns, input_precision="ieee")
@@ -289,16 +299,16 @@ def _attend(
             if masked:
                 scores = tl.where(visible[:, None], scores, float("-inf"))
             v, v_step, v_zero = unpack_tile(
-                page + (BLOCK_SIZE + offset) * (D // 8),
+                page + (BLOCK_SIZE * K_BITMAP_BYTES + offset * V_BITMAP_BYTES),
                 page + (V_VALUES_AT + offset * V_VALUE_BYTES),
                 page + (V_SCALES_AT + offset * V_SCALE_BYTES),
                 visible,
                 D,
                 PADDED,
+                V_BITMAP_BYTES,
                 V_CODEC,
                 V_DTYPE,
                 WORDS,
-                K_SCALE_BYTES + V_SCALE_BYTES == 0,
                 CONVERTS_FP8,
             )
             raised = tl.maximum(maximum, tl.max(scores, axis=0) * k_scale)
@@ -323,6 +333,8 @@ def _attend(
     total = tl.sum(totals, axis=0)
     if V_CODEC == INT4 and WORDS:
         zero = tl.sum(zeros, axis=0) * INT4_ZERO
+        if V_BITMAP_BYTES == 0:
+            weighted = encoded_order(weighted)
         weighted = (weighted - zero[None, :]) * (largest * INT4_STEP)
     weighted = tl.trans(weighted)
 

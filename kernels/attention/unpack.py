@@ -9,23 +9,30 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparsekv.kernels.attention.ptx import constraints, unpack_word
+from vllm_sparsekv.kernels.attention.ptx import (
+    constraints,
+    decode_constraints,
+    decode_word,
+    unpack_word,
+)
 from vllm_sparsekv.kernels.triton import AUTO, FP8, INT4, decode_fp8, load_int4_scale
 
 INT4_STEP = tl.constexpr(2.0**20)
 INT4_ZERO = tl.constexpr(2.0**-23)
 """Tiles of INT4 count sixteenths of a code in units of 2**-24, zeros are eighths."""
 
+_AUTO = tl.constexpr(unpack_word("auto", True))
+_FP8 = tl.constexpr(unpack_word("fp8", True))
+_FP8_WIDENED = tl.constexpr(unpack_word("fp8", False))
+_INT4 = tl.constexpr(unpack_word("int4", True))
 _AUTO_OPERANDS = tl.constexpr(constraints("auto"))
 _FP8_OPERANDS = tl.constexpr(constraints("fp8"))
 _INT4_OPERANDS = tl.constexpr(constraints("int4"))
-_AUTO = tl.constexpr(unpack_word("auto", False, True))
-_AUTO_BOUNDED = tl.constexpr(unpack_word("auto", True, True))
-_FP8 = tl.constexpr(unpack_word("fp8", False, True))
-_FP8_BOUNDED = tl.constexpr(unpack_word("fp8", True, True))
-_FP8_WIDENED = tl.constexpr(unpack_word("fp8", False, False))
-_FP8_WIDENED_BOUNDED = tl.constexpr(unpack_word("fp8", True, False))
-_INT4 = tl.constexpr(unpack_word("int4", False, True))
+_ALL_FP8 = tl.constexpr(decode_word("fp8", True))
+_ALL_FP8_WIDENED = tl.constexpr(decode_word("fp8", False))
+_ALL_INT4 = tl.constexpr(decode_word("int4", True))
+_ALL_FP8_OPERANDS = tl.constexpr(decode_constraints("fp8"))
+_ALL_INT4_OPERANDS = tl.constexpr(decode_constraints("int4"))
 
 
 @triton.jit
@@ -36,42 +43,39 @@ def unpack_tile(
     visible,
     D: tl.constexpr,
     PADDED: tl.constexpr,
+    BITMAP_BYTES: tl.constexpr,
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
-    BOUNDED: tl.constexpr,
     CONVERTS_FP8: tl.constexpr,
 ):
     """Vectors of TILE tokens: tile (TILE, PADDED) DTYPE, step (TILE,) float32, zero (TILE,) int32.
 
-    A vector is ``INT4_STEP * step * (tile - INT4_ZERO * zero)`` for INT4 in words, else ``tile``.
+    A vector is ``INT4_STEP * step * (tile - INT4_ZERO * zero)`` for INT4 in words, else ``tile``;
+    INT4 in words without a bitmap is in the order and units of :func:`decoded_query`.
 
     Args:
         bitmap_at: (TILE,) pointers to uint8, each token's bitmap.
         values_at: (TILE,) pointers to its packed values.
         scale_at: (TILE,) pointers to its scale.
         visible: (TILE,) bool, the others read as zeros; or None, which makes all visible.
-        WORDS: unpack with :func:`unpack_words`, otherwise with :func:`unpack_elements`.
+        BITMAP_BYTES: 0 where vectors keep all their elements.
+        WORDS: unpack with inline PTX, otherwise with :func:`unpack_elements`.
     """
     step = tl.full([bitmap_at.shape[0]], 1.0, tl.float32)
     zero = tl.zeros([bitmap_at.shape[0]], tl.int32)
     if CODEC == INT4:
         step, zero = load_int4_scale(scale_at, visible)
-    if WORDS:
-        tile = unpack_words(
-            bitmap_at,
-            values_at,
-            zero,
-            visible,
-            D,
-            PADDED,
-            CODEC,
-            DTYPE,
-            BOUNDED,
-            CONVERTS_FP8,
+    if not WORDS:
+        tile = unpack_elements(
+            bitmap_at, values_at, step, zero, visible, D, PADDED, BITMAP_BYTES, CODEC, DTYPE
         )
+    elif BITMAP_BYTES == 0:
+        tile = decode_words(values_at, visible, D, PADDED, CODEC, DTYPE, CONVERTS_FP8)
     else:
-        tile = unpack_elements(bitmap_at, values_at, step, zero, visible, D, PADDED, CODEC, DTYPE)
+        tile = unpack_words(
+            bitmap_at, values_at, zero, visible, D, PADDED, CODEC, DTYPE, CONVERTS_FP8
+        )
     return tile, step, zero
 
 
@@ -85,7 +89,6 @@ def unpack_words(
     PADDED: tl.constexpr,
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
-    BOUNDED: tl.constexpr,
     CONVERTS_FP8: tl.constexpr,
 ):
     """Vectors of TILE tokens as (TILE, PADDED) DTYPE; 0 where pruned, invisible or beyond D.
@@ -94,62 +97,114 @@ def unpack_words(
 
     Args:
         bitmap_at: (TILE,) pointers to uint8, each token's bitmap.
-        values_at: (TILE,) pointers to its packed values.
+        values_at: (TILE,) pointers to its packed values; up to 20 bytes before them are read too.
         zero: (TILE,) int32, the code of 0 in eighths, for INT4.
         visible: (TILE,) bool or None.
         D: a multiple of 32.
         DTYPE: the model dtype for AUTO, float16 otherwise.
-        BOUNDED: never read past the last survivor; otherwise, and with INT4, up to 20 bytes on.
         CONVERTS_FP8: the target has an instruction for it.
     """
-    WORDS: tl.constexpr = PADDED // 32
-    word_index = tl.arange(0, WORDS)[None, :]
-    words = bitmap_at.to(tl.pointer_type(tl.int32))[:, None] + word_index
-    if visible is None and D == PADDED:
-        word = tl.load(words)
-    elif visible is None:
-        word = tl.load(words, mask=word_index < D // 32, other=0)
-    else:
-        word = tl.load(words, mask=visible[:, None] & (word_index < D // 32), other=0)
+    word = _load_rows(bitmap_at.to(tl.pointer_type(tl.int32)), visible, D // 32, PADDED // 32)
     population = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], tl.int32, True, 1)
-    before = tl.cumsum(population, axis=1) - population
+    end = tl.cumsum(population, axis=1)
     address = values_at.to(tl.int64)
     if CODEC == AUTO:
-        halves = _run(
-            _AUTO_BOUNDED if BOUNDED else _AUTO,
-            _AUTO_OPERANDS,
-            [word, before, address[:, None]],
-            DTYPE,
-        )
+        return _halves(_AUTO, _AUTO_OPERANDS, [word, end, address[:, None]], DTYPE, 16)
     elif CODEC == FP8:
-        if CONVERTS_FP8:
-            text: tl.constexpr = _FP8_BOUNDED if BOUNDED else _FP8
-        else:
-            text: tl.constexpr = _FP8_WIDENED_BOUNDED if BOUNDED else _FP8_WIDENED
-        halves = _run(text, _FP8_OPERANDS, [word, before, address[:, None]], DTYPE)
+        text: tl.constexpr = _FP8 if CONVERTS_FP8 else _FP8_WIDENED
+        return _halves(text, _FP8_OPERANDS, [word, end, address[:, None]], DTYPE, 16)
     else:
         # Two bytes of an odd half word are four nibbles of another vector.
-        before += ((address & 2) * 2).to(tl.int32)[:, None]
+        end += ((address & 2) * 2).to(tl.int32)[:, None]
         fill = (zero * 0x02020202)[:, None]
-        halves = _run(_INT4, _INT4_OPERANDS, [word, before, (address & -4)[:, None], fill], DTYPE)
-    halves = _join_halves(halves, 16)
-    halves = _join_halves(halves, 8)
-    halves = _join_halves(halves, 4)
-    halves = _join_halves(halves, 2)
-    halves = _join_halves(halves, 1)
-    return tl.reshape(halves[0], [word.shape[0], PADDED])
+        operands = [word, end, (address & -4)[:, None], fill]
+        return _halves(_INT4, _INT4_OPERANDS, operands, DTYPE, 16)
 
 
 @triton.jit
-def _run(TEXT: tl.constexpr, OPERANDS: tl.constexpr, arguments, DTYPE: tl.constexpr):
-    if tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise(
-            TEXT, OPERANDS, arguments, (tl.bfloat16,) * 32, is_pure=True, pack=1
-        )
+def decode_words(
+    values_at,
+    visible,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    CODEC: tl.constexpr,
+    DTYPE: tl.constexpr,
+    CONVERTS_FP8: tl.constexpr,
+):
+    """As :func:`unpack_words` for vectors that keep all their elements.
+
+    INT4 comes out in the order and units of :func:`decoded_query`.
+    """
+    words = values_at.to(tl.pointer_type(tl.int32))
+    if CODEC == AUTO:
+        return _load_rows(values_at.to(tl.pointer_type(DTYPE)), visible, D, PADDED)
+    elif CODEC == FP8:
+        word = _load_rows(words, visible, D // 4, PADDED // 4)
+        text: tl.constexpr = _ALL_FP8 if CONVERTS_FP8 else _ALL_FP8_WIDENED
+        return _halves(text, _ALL_FP8_OPERANDS, [word], DTYPE, 2)
     else:
-        return tl.inline_asm_elementwise(
-            TEXT, OPERANDS, arguments, (tl.float16,) * 32, is_pure=True, pack=1
-        )
+        word = _load_rows(words, visible, D // 8, PADDED // 8)
+        return _halves(_ALL_INT4, _ALL_INT4_OPERANDS, [word], DTYPE, 4)
+
+
+@triton.jit
+def decoded_query(q):
+    """q (ROWS, PADDED) for a product with INT4 tiles of :func:`decode_words`.
+
+    Of each eight elements such a tile has 0 4 1 5 2 6 3 7, codes for even elements in units of
+    2**-24, for odd ones in sixteenths of that; here the even ones are multiplied by 16.
+    """
+    ROWS: tl.constexpr = q.shape[0]
+    PADDED: tl.constexpr = q.shape[1]
+    units = tl.where(tl.arange(0, PADDED) % 2 == 0, 16.0, 1.0).to(q.dtype)
+    grouped = tl.reshape(q * units[None, :], [ROWS, PADDED // 8, 2, 4])
+    return tl.reshape(tl.permute(grouped, [0, 1, 3, 2]), [ROWS, PADDED])
+
+
+@triton.jit
+def encoded_order(weighted):
+    """Sums (PADDED, ROWS) over such a tile, their elements in order again, all in sixteenths."""
+    PADDED: tl.constexpr = weighted.shape[0]
+    ROWS: tl.constexpr = weighted.shape[1]
+    grouped = tl.reshape(weighted, [PADDED // 8, 4, 2, ROWS])
+    ordered = tl.reshape(tl.permute(grouped, [0, 2, 1, 3]), [PADDED, ROWS])
+    return ordered * tl.where(tl.arange(0, PADDED) % 2 == 0, 16.0, 1.0)[:, None]
+
+
+@triton.jit
+def _load_rows(row, visible, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """(TILE, PADDED) from (TILE,) pointers; 0 from WIDTH on and in rows that are not visible."""
+    column = tl.arange(0, PADDED)[None, :]
+    if visible is not None:
+        return tl.load(row[:, None] + column, mask=visible[:, None] & (column < WIDTH), other=0)
+    elif WIDTH == PADDED:
+        return tl.load(row[:, None] + column)
+    else:
+        return tl.load(row[:, None] + column, mask=column < WIDTH, other=0)
+
+
+@triton.jit
+def _halves(TEXT: tl.constexpr, OPERANDS: tl.constexpr, arguments, DTYPE: tl.constexpr, COUNT):
+    """Run an instruction text on (TILE, n) words; its COUNT results, two DTYPE each, in a row."""
+    pairs = tl.inline_asm_elementwise(
+        TEXT, OPERANDS, arguments, (tl.int32,) * COUNT, is_pure=True, pack=1
+    )
+    if COUNT == 16:
+        pairs = _join_halves(pairs, 8)
+    if COUNT >= 8:
+        pairs = _join_halves(pairs, 4)
+    if COUNT >= 4:
+        pairs = _join_halves(pairs, 2)
+    pairs = _join_halves(pairs, 1)[0]
+    low = pairs.to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    rows: tl.constexpr = arguments[0].shape[0]
+    tile = tl.reshape(tl.join(low, high), [rows, arguments[0].shape[1] * COUNT * 2])
+    # A move Triton cannot see through: behind the joins it would guess 8-bit data and pick an
+    # operand layout that costs a register move per pair and rules ldmatrix out.
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [tile], DTYPE, is_pure=False, pack=2
+    )
 
 
 @triton.jit
@@ -170,18 +225,21 @@ def unpack_elements(
     visible,
     D: tl.constexpr,
     PADDED: tl.constexpr,
+    BITMAP_BYTES: tl.constexpr,
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
     """Vectors of TILE tokens as (TILE, PADDED) DTYPE, for any D and DTYPE; INT4 all decoded."""
     element = tl.arange(0, PADDED)[None, :]
-    real = element < D
+    kept = tl.broadcast_to(element < D, [values_at.shape[0], PADDED])
     if visible is not None:
-        real &= visible[:, None]
-    byte = tl.load(bitmap_at[:, None] + element // 8, mask=real, other=0).to(tl.int32)
-    kept = (byte >> (element % 8)) & 1
-    rank = tl.cumsum(kept, axis=1) - kept
-    kept = kept > 0
+        kept &= visible[:, None]
+    rank = tl.broadcast_to(element, kept.shape)
+    if BITMAP_BYTES > 0:
+        byte = tl.load(bitmap_at[:, None] + element // 8, mask=kept, other=0).to(tl.int32)
+        bit = (byte >> (element % 8)) & 1
+        rank = tl.cumsum(bit, axis=1) - bit
+        kept = bit > 0
     if CODEC == AUTO:
         values = values_at.to(tl.pointer_type(DTYPE))
         return tl.load(values[:, None] + rank, mask=kept, other=0)

@@ -83,6 +83,8 @@ def _pack(
     K_CODEC: tl.constexpr,
     V_SURVIVORS: tl.constexpr,
     V_CODEC: tl.constexpr,
+    K_BITMAP_BYTES: tl.constexpr,
+    V_BITMAP_BYTES: tl.constexpr,
     K_VALUE_BYTES: tl.constexpr,
     V_VALUE_BYTES: tl.constexpr,
     K_SCALE_BYTES: tl.constexpr,
@@ -95,13 +97,13 @@ def _pack(
     tile = tl.where(slot >= 0, tile, 0)
     offset = (slot % BLOCK_SIZE).to(tl.int32)
     source = row.to(tl.int64)[:, None] * D + tl.arange(0, PADDED)[None, :]
-    values = tile + BLOCK_SIZE * 2 * (D // 8)
+    values = tile + BLOCK_SIZE * (K_BITMAP_BYTES + V_BITMAP_BYTES)
     scales = values + BLOCK_SIZE * (K_VALUE_BYTES + V_VALUE_BYTES)
     if tl.program_id(1) == 0:
         _pack_rows(
             key + source,
             slot >= 0,
-            pages + tile + offset * (D // 8),
+            pages + tile + offset * K_BITMAP_BYTES,
             pages + values + offset * K_VALUE_BYTES,
             pages + scales + offset * K_SCALE_BYTES,
             D,
@@ -114,7 +116,7 @@ def _pack(
         _pack_rows(
             value + source,
             slot >= 0,
-            pages + tile + BLOCK_SIZE * (D // 8) + offset * (D // 8),
+            pages + tile + BLOCK_SIZE * K_BITMAP_BYTES + offset * V_BITMAP_BYTES,
             pages + values + BLOCK_SIZE * K_VALUE_BYTES + offset * V_VALUE_BYTES,
             pages + scales + BLOCK_SIZE * K_SCALE_BYTES + offset * V_SCALE_BYTES,
             D,
@@ -146,15 +148,18 @@ def _pack_rows(
     magnitude = bits.to(tl.int32) & ((1 << (BITS - 1)) - 1)
     bits = tl.where(magnitude == 0, 0, bits).to(integer)
     magnitude = tl.where(element < D, magnitude, -1)
-    survives = _survivors(magnitude, BITS, SURVIVORS)
-
-    byte = tl.arange(0, PADDED // 8)[None, :]
-    in_byte = survives.to(tl.int32).reshape(survives.shape[0], PADDED // 8, 8)
-    bitmap = tl.sum(in_byte << tl.arange(0, 8)[None, None, :], axis=2)
-    tl.store(bitmaps[:, None] + byte, bitmap.to(tl.uint8), mask=real[:, None] & (byte < D // 8))
+    if SURVIVORS == D:
+        survives = magnitude >= 0
+        rank = tl.broadcast_to(element, magnitude.shape)
+    else:
+        survives = _survivors(magnitude, BITS, SURVIVORS)
+        rank = tl.cumsum(survives.to(tl.int32), axis=1) - 1
+        byte = tl.arange(0, PADDED // 8)[None, :]
+        in_byte = survives.to(tl.int32).reshape(survives.shape[0], PADDED // 8, 8)
+        bitmap = tl.sum(in_byte << tl.arange(0, 8)[None, None, :], axis=2)
+        tl.store(bitmaps[:, None] + byte, bitmap.to(tl.uint8), mask=real[:, None] & (byte < D // 8))
 
     stored = survives & real[:, None]
-    rank = tl.cumsum(survives.to(tl.int32), axis=1) - 1
     if CODEC == AUTO:
         tl.store(values.to(tl.pointer_type(integer))[:, None] + rank, bits, mask=stored)
     elif CODEC == FP8:
@@ -164,7 +169,10 @@ def _pack_rows(
         x = tl.where(magnitude == 0, 0.0, x.to(tl.float32))
         step, zero = int4_scale(x, survives)
         code = encode_int4(x, step[:, None], zero[:, None])
-        _store_nibbles(values, code, survives, rank, real, SURVIVORS)
+        if SURVIVORS == D:
+            _store_all_nibbles(values, code, real, D, PADDED)
+        else:
+            _store_nibbles(values, code, survives, rank, real, SURVIVORS)
         scale = (step << 1 | zero).to(tl.uint16)
         tl.store(scales.to(tl.pointer_type(tl.uint16)), scale, mask=real)
 
@@ -193,3 +201,12 @@ def _store_nibbles(values, code, survives, rank, real, SURVIVORS: tl.constexpr):
         tl.store(half + start // 4, word.to(tl.int16), mask=real)
         if start + 4 < SURVIVORS:
             tl.store(half + start // 4 + 1, (word >> 16).to(tl.int16), mask=real)
+
+
+@triton.jit
+def _store_all_nibbles(values, code, real, D: tl.constexpr, PADDED: tl.constexpr):
+    """Element 2i is the low nibble of byte i."""
+    place = tl.arange(0, PADDED // 8)[None, :]
+    nibbles = code.reshape(code.shape[0], PADDED // 8, 8) << (tl.arange(0, 8) * 4)[None, None, :]
+    words = values.to(tl.pointer_type(tl.int32))[:, None] + place
+    tl.store(words, tl.sum(nibbles, axis=2), mask=real[:, None] & (place < D // 8))

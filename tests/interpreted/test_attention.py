@@ -50,14 +50,42 @@ def test_every_pair_of_codecs(dtype, key_dtype, value_dtype):
     )
 
 
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    ("key_sparsity", "value_sparsity"),
+    [(0.0, 0.5), (0.5, 0.0), (0.0, 0.0)],
+    ids=["all of keys", "all of values", "all of both"],
+)
+@pytest.mark.parametrize("head_size", [64, 96])
+def test_vectors_without_a_bitmap(head_size, key_sparsity, value_sparsity, codec):
+    """96 fills no power of two."""
+    matches(
+        CaseSpec(
+            (Request(70, 1), Request(33, 2, hit=20), Request(0, 1)),
+            head_size=head_size,
+            num_kv_heads=1,
+            group=3,
+            key_sparsity=key_sparsity,
+            value_sparsity=value_sparsity,
+            key_dtype=codec,
+            value_dtype=codec,
+            dtype=torch.bfloat16,
+            window=16,
+        )
+    )
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
 @pytest.mark.parametrize("capability", [0, 80], ids=["not NVIDIA", "no fp8 conversion"])
 @pytest.mark.parametrize("codec", CODECS)
-def test_other_gpus(monkeypatch, capability, codec):
+def test_other_gpus(monkeypatch, capability, codec, sparsity):
     monkeypatch.setattr(attention, "capability", lambda device: capability)
     matches(
         CaseSpec(
             DECODE,
             num_kv_heads=1,
+            key_sparsity=sparsity,
+            value_sparsity=sparsity,
             key_dtype=codec,
             value_dtype=codec,
             dtype=torch.bfloat16,
