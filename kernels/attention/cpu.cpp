@@ -4,6 +4,7 @@
 // an online softmax: rows.h where few query rows share a key (decode), matrix.h where many do.
 
 #include "batch.h"
+#include "codes.h"
 #include "matrix.h"
 #include "plan.h"
 #include "softmax.h"
@@ -12,7 +13,6 @@ namespace sparsekv {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense tile pays
-constexpr int PREFETCHED_TILE = 12 << 10;  // bytes
 
 enum class Source { PAGES, DENSE_ROWS };
 
@@ -24,8 +24,8 @@ class Worker {
         carve(count);
         Carver carver(memory().reserve(count.used()));
         carve(carver);
-        key_.begin();
-        value_.begin();
+        key_.initialize();
+        value_.initialize();
     }
 
     // Attends one unit; a request in parts leaves its result in `partials`.
@@ -64,6 +64,7 @@ class Worker {
 
     void carve(Carver& carver) {
         query_ = carver.take<float>(plan_.rows * size_);
+        code_query_ = carver.take<float>(plan_.rows * code_query_size(size_));
         result_ = Accumulator(carver.take<float>(Accumulator::floats(plan_.rows, size_)), plan_.rows);
         scores_ = carver.take<float>(plan_.rows * BATCH);
         key_.carve(carver, size_, layout_.key);
@@ -90,6 +91,9 @@ class Worker {
             decode_row(layout_.storage, query_heads(call_.query, call_.query_stride, i), plan_.group * size_, query);
             for (int j = 0; j < plan_.group * size_; ++j) query[j] *= scale;
         }
+        if (key_.storage(false) != INT4 + WHOLE || rows_ >= MATRIX_ROWS) return;
+        for (int row = 0; row < rows_; row += ROW_BLOCK)
+            order_queries(query_ + row * size_, block_rows(row), size_, code_query_ + row * code_query_size(size_));
     }
 
     // The unit's heads of its i-th query, in `query` or `out`.
@@ -131,19 +135,10 @@ class Worker {
         return call_.pages + block * call_.page_stride + unit_.head * call_.page_head_stride;
     }
 
-    // The tile that is read next; prefetch() asks for a quarter of it, so that the loads spread over
-    // the work on the tile before. Large tiles the hardware follows by itself, and better.
     void expect(const uint8_t* tile) {
-        const int bytes = call_.block_size * layout_.token_bytes();
-        expected_ = tile;
-        expected_end_ = bytes <= PREFETCHED_TILE ? tile + bytes : tile;
-        prefetch();
-    }
-
-    void prefetch() {
-        const int64_t quarter = call_.block_size * layout_.token_bytes() / 4 + 64;
-        const uint8_t* stop = expected_end_ - expected_ < quarter ? expected_end_ : expected_ + quarter;
-        for (; expected_ < stop; expected_ += 64) __builtin_prefetch(expected_, 0, 2);
+        ahead_.next = tile;
+        ahead_.end = tile + call_.block_size * layout_.token_bytes();
+        ahead_.piece = layout_.token_bytes() + 8;
     }
 
     // The ring's dense copy of a computed position, or nullptr where it must be read pruned.
@@ -194,18 +189,14 @@ class Worker {
         const bool dense = source == Source::DENSE_ROWS;
         const Vectors key = key_.vectors(dense, batch_), value = value_.vectors(dense, batch_);
         const int key_storage = key_.storage(dense), value_storage = value_.storage(dense);
-        prefetch();
         if (rows_ < MATRIX_ROWS) {
-            for (int row = 0; row < rows_; row += ROW_BLOCK)
-                score_kernel(key_storage, block_rows(row))(
-                    query_ + row * size_, key, batch_, size_, scores_ + row * BATCH);
-            prefetch();
+            score(key_storage, key);
             weigh(dense, key, value);
-            prefetch();
             for (int row = 0; row < rows_; row += ROW_BLOCK)
                 weigh_kernel(value_storage, block_rows(row))(
-                    scores_ + row * BATCH, value, batch_, size_, result_.weighted + row * size_);
+                    scores_ + row * BATCH, value, batch_, size_, result_.weighted + row * size_, ahead_);
         } else {
+            ahead_.fetch(2 * batch_);
             const int columns = round_up(batch_, LANES);
             transpose_rows(dense_rows(key_storage, key), columns, size_, transposed_);
             product(query_, size_, transposed_, BATCH, scores_, BATCH, rows_, size_, columns, false);
@@ -217,6 +208,16 @@ class Worker {
         batch_ = 0;
         key_.begin();
         value_.begin();
+    }
+
+    void score(int storage, const Vectors& key) {
+        for (int row = 0; row < rows_; row += ROW_BLOCK) {
+            float* scores = scores_ + row * BATCH;
+            if (storage == INT4 + WHOLE)
+                code_kernel(block_rows(row))(
+                    code_query_ + row * code_query_size(size_), key, batch_, size_, scores, ahead_);
+            else score_kernel(storage, block_rows(row))(query_ + row * size_, key, batch_, size_, scores, ahead_);
+        }
     }
 
     int block_rows(int row) const { return rows_ - row < ROW_BLOCK ? rows_ - row : ROW_BLOCK; }
@@ -255,12 +256,12 @@ class Worker {
     Unit unit_;
     int64_t first_token_ = 0;  // of the unit's request in this step
     int rows_ = 0;
-    float *query_, *scores_;
+    float *query_, *code_query_, *scores_;
     Accumulator result_{nullptr, 0};
 
     int batch_ = 0;  // keys collected
     Batch key_, value_;
-    const uint8_t *expected_ = nullptr, *expected_end_ = nullptr;
+    Ahead ahead_;
     float *dense_ = nullptr, *transposed_ = nullptr;
     int step_begin_ = 0;  // column of the batch where the step's tokens begin, negative if before it
 };

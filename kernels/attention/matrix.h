@@ -51,12 +51,13 @@ inline void product(
                         accumulate);
 }
 
-// n vectors to dense rows of head_size floats, without their units.
+// n vectors to dense rows of head_size floats, without their units but with their zeros.
 template <int STORAGE>
 void expand_rows(const Vectors& x, int n, int head_size, float* out) {
     for (int i = 0; i < n; ++i) {
         Walk<STORAGE> walk(x.values + i * x.stride, x.bitmap + i * (head_size / 8));
-        for (int d = 0; d < head_size; d += LANES) store(out + i * head_size + d, walk.next());
+        const float zero = STORAGE == INT4 + WHOLE ? x.zeros[i] : 0.f;
+        for (int d = 0; d < head_size; d += LANES) store(out + i * head_size + d, walk.next() - zero);
     }
 }
 
@@ -66,7 +67,11 @@ inline void expand_rows(int storage, const Vectors& x, int n, int head_size, flo
         case BFLOAT16: return expand_rows<BFLOAT16>(x, n, head_size, out);
         case FLOAT16: return expand_rows<FLOAT16>(x, n, head_size, out);
         case FP8: return expand_rows<FP8>(x, n, head_size, out);
-        default: return expand_rows<INT4>(x, n, head_size, out);
+        case INT4: return expand_rows<INT4>(x, n, head_size, out);
+        case BFLOAT16 + WHOLE: return expand_rows<BFLOAT16 + WHOLE>(x, n, head_size, out);
+        case FLOAT16 + WHOLE: return expand_rows<FLOAT16 + WHOLE>(x, n, head_size, out);
+        case FP8 + WHOLE: return expand_rows<FP8 + WHOLE>(x, n, head_size, out);
+        default: return expand_rows<INT4 + WHOLE>(x, n, head_size, out);
     }
 }
 

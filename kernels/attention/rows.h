@@ -10,15 +10,32 @@ constexpr int BATCH = 64;     // keys processed together
 constexpr int ROW_BLOCK = 4;  // rows the functions of this file take at most
 constexpr int OVERREAD = 64;  // bytes that expand() may read past the last survivor
 
-constexpr int DENSE = -1;  // float32 rows without a bitmap, beside the numbers of Storage
+// Beside the numbers of Storage: float32 rows without a bitmap, and what is added to the storage of
+// vectors that keep all their elements. INT4 + WHOLE is in packed codes, not one a byte.
+constexpr int DENSE = -1;
+constexpr int WHOLE = 4;
 
 // A batch of keys or values in working memory. All BATCH entries are readable, whatever they hold,
 // and so are OVERREAD bytes past a vector that takes all of its elements.
 struct Vectors {
     const uint8_t* values;    // `stride` bytes each
-    const uint8_t* bitmap;    // head_size / 8 bytes each, unless DENSE
+    const uint8_t* bitmap;    // head_size / 8 bytes each, unless DENSE or WHOLE
     int64_t stride;
     const float* units;  // what each counts in, BATCH of them
+    const float* zeros;  // the code of value 0 of each, BATCH of them, for INT4 + WHOLE
+};
+
+// Memory that is read next: each kernel asks for a piece now and then, so that the loads spread over
+// the work before.
+struct Ahead {
+    const uint8_t *next = nullptr, *end = nullptr;
+    int64_t piece = 0;  // bytes for every key that is processed, half of them by either kernel
+
+    void fetch(int keys) {
+        const uint8_t* stop = next + keys * piece / 2;
+        if (stop > end) stop = end;
+        for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
+    }
 };
 
 // Walks one vector, LANES elements at a time.
@@ -34,10 +51,18 @@ struct Walk {
             const F x = load(reinterpret_cast<const float*>(values));
             values += sizeof(F);
             return x;
+        } else if constexpr (STORAGE == INT4 + WHOLE) {
+            const F x = spread_codes(values);
+            values += LANES / 2;
+            return x;
+        } else if constexpr (STORAGE > INT4) {
+            const F x = expand<STORAGE - WHOLE>(values, static_cast<Bits>(-1));
+            values += LANES * survivor_bytes(STORAGE - WHOLE);
+            return x;
         } else {
             const uint64_t bits = load_bits(bitmap);
             const F x = expand<STORAGE>(values, bits);
-            values += survivor_bytes(STORAGE) * uint64_t(static_cast<unsigned>(__builtin_popcount(bits)));
+            values += survivor_bytes(STORAGE) * count_bits(bits);
             bitmap += sizeof(Bits);
             return x;
         }
@@ -46,10 +71,11 @@ struct Walk {
 
 // scores[row * BATCH + i] = query[row] . key[i], without the unit; columns n up to a multiple of 4 hold junk.
 template <int STORAGE, int ROWS>
-void score_rows(const float* query, const Vectors& key, int n, int head_size, float* scores) {
+void score_rows(const float* query, const Vectors& key, int n, int head_size, float* scores, Ahead& ahead) {
     constexpr int TOGETHER = ROWS <= 2 ? 4 : 2;  // keys that share a load of the query
     const uint8_t *values = key.values, *bitmap = key.bitmap;
     for (int i = 0; i < n; i += 4) {
+        ahead.fetch(4);
         F partial[4][ROWS];
         for (int first = 0; first < 4; first += TOGETHER) {
             Walk<STORAGE> walk[TOGETHER];
@@ -88,7 +114,8 @@ inline void weigh_columns(
         F weight[ROWS];
         for (int row = 0; row < ROWS; ++row) weight[row] = broadcast(weights[row * BATCH + i]);
         for (int w = 0; w < WIDTH; ++w) {
-            const F x = walk.next();
+            F x = walk.next();
+            if constexpr (STORAGE == INT4 + WHOLE) x -= value.zeros[i];
             for (int row = 0; row < ROWS; ++row) sums[row][w] += x * weight[row];
         }
         begin[i] = walk.values;
@@ -100,20 +127,22 @@ inline void weigh_columns(
 // out[row] += sum_i weights[row * BATCH + i] * value[i], rows of head_size floats; the weights hold
 // the units.
 template <int STORAGE, int ROWS>
-void weigh_rows(const float* weights, const Vectors& value, int n, int head_size, float* out) {
+void weigh_rows(const float* weights, const Vectors& value, int n, int head_size, float* out, Ahead& ahead) {
     constexpr int WIDTH = ROWS == 1 ? 8 : ROWS == 2 ? 4 : ROWS == 3 ? 3 : 2;  // the sums fit registers
     const uint8_t* begin[BATCH];
     for (int i = 0; i < n; ++i) begin[i] = value.values + i * value.stride;
     int d = 0;
-    for (; d + WIDTH * LANES <= head_size; d += WIDTH * LANES)
+    for (; d + WIDTH * LANES <= head_size; d += WIDTH * LANES) {
+        ahead.fetch(n * WIDTH * LANES / head_size);
         weigh_columns<STORAGE, ROWS, WIDTH>(weights, value, n, head_size, d, begin, out);
+    }
     for (; d + 2 * LANES <= head_size; d += 2 * LANES)
         weigh_columns<STORAGE, ROWS, 2>(weights, value, n, head_size, d, begin, out);
     for (; d < head_size; d += LANES)
         weigh_columns<STORAGE, ROWS, 1>(weights, value, n, head_size, d, begin, out);
 }
 
-using RowKernel = void (*)(const float*, const Vectors&, int, int, float*);
+using RowKernel = void (*)(const float*, const Vectors&, int, int, float*, Ahead&);
 
 // The function for a storage and 1 to ROW_BLOCK rows.
 #define SPARSEKV_ROWS(function, storage) \
@@ -122,14 +151,16 @@ using RowKernel = void (*)(const float*, const Vectors&, int, int, float*);
     {                                                                                                  \
         SPARSEKV_ROWS(function, DENSE), SPARSEKV_ROWS(function, FLOAT32),                              \
             SPARSEKV_ROWS(function, BFLOAT16), SPARSEKV_ROWS(function, FLOAT16),                       \
-            SPARSEKV_ROWS(function, FP8), SPARSEKV_ROWS(function, INT4)                                \
+            SPARSEKV_ROWS(function, FP8), SPARSEKV_ROWS(function, INT4),                               \
+            SPARSEKV_ROWS(function, BFLOAT16 + WHOLE), SPARSEKV_ROWS(function, FLOAT16 + WHOLE),       \
+            SPARSEKV_ROWS(function, FP8 + WHOLE), SPARSEKV_ROWS(function, INT4 + WHOLE)                \
     }
 inline RowKernel score_kernel(int storage, int rows) {
-    static constexpr RowKernel TABLE[6][ROW_BLOCK] = SPARSEKV_STORAGES(score_rows);
+    static constexpr RowKernel TABLE[][ROW_BLOCK] = SPARSEKV_STORAGES(score_rows);
     return TABLE[storage + 1][rows - 1];
 }
 inline RowKernel weigh_kernel(int storage, int rows) {
-    static constexpr RowKernel TABLE[6][ROW_BLOCK] = SPARSEKV_STORAGES(weigh_rows);
+    static constexpr RowKernel TABLE[][ROW_BLOCK] = SPARSEKV_STORAGES(weigh_rows);
     return TABLE[storage + 1][rows - 1];
 }
 #undef SPARSEKV_STORAGES

@@ -112,6 +112,30 @@ struct Int4Scale {
     }
 };
 
+// The scales of `count` int4 vectors: steps times `unit`, and the codes of value 0. Returns whether
+// any step is NaN.
+inline bool decode_scales(const uint8_t* scales, int count, float unit, float* steps, float* zeros) {
+    bool has_nan = false;
+    int i = 0;
+#if defined(__AVX2__)
+    for (; i + 8 <= count; i += 8) {
+        const __m128i bits = _mm_loadu_si128((const __m128i*)(scales + 2 * i));
+        const __m256 step = _mm256_cvtph_ps(_mm_and_si128(_mm_srli_epi16(bits, 1), _mm_set1_epi16(0x7fc0)));
+        const __m256i eighths = _mm256_cvtepu16_epi32(_mm_and_si128(bits, _mm_set1_epi16(127)));
+        _mm256_storeu_ps(steps + i, _mm256_mul_ps(step, _mm256_set1_ps(unit)));
+        _mm256_storeu_ps(zeros + i, _mm256_mul_ps(_mm256_cvtepi32_ps(eighths), _mm256_set1_ps(0.125f)));
+        has_nan |= _mm256_movemask_ps(_mm256_cmp_ps(step, step, _CMP_UNORD_Q)) != 0;
+    }
+#endif
+    for (; i < count; ++i) {
+        const Int4Scale scale = Int4Scale::read(scales + 2 * i);
+        steps[i] = scale.step * unit;
+        zeros[i] = scale.zero * 0.125f;
+        has_nan |= scale.step != scale.step;
+    }
+    return has_nan;
+}
+
 // A row of the model dtype to float32; `size` is a multiple of 16.
 inline void decode_row(int storage, const uint8_t* row, int size, float* out) {
     if (storage == FLOAT32) {

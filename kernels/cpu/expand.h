@@ -24,6 +24,16 @@ inline uint64_t load_bits(const uint8_t* bitmap) {
     return bits;
 }
 
+inline uint64_t count_bits(uint64_t bits) {
+#if defined(__AVX2__)
+    uint64_t count;  // the compiler would copy `bits` first
+    asm("popcntq %1, %0" : "=r"(count) : "r"(bits));
+    return count;
+#else
+    return __builtin_popcountll(bits);
+#endif
+}
+
 #if defined(__AVX512F__)
 #elif defined(__AVX2__)
 // For each bitmap byte the byte shuffle of 8 lanes of LANE bytes: WIDTH bytes of a survivor go to
@@ -117,6 +127,21 @@ inline F expand(const uint8_t* p, uint64_t bits) {
     }
     return out;
 #endif
+}
+
+// The next LANES int4 codes at p, two a byte.
+inline F spread_codes(const uint8_t* p) {
+#if defined(__AVX512F__)
+    const __m128i pairs = _mm_loadl_epi64((const __m128i*)p);
+    const I bytes = (I)_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(pairs, pairs));
+    constexpr I SHIFT = {0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4, 0, 4};
+#else
+    int32_t codes;
+    memcpy(&codes, p, sizeof codes);
+    const I bytes = I{} + codes;
+    constexpr I SHIFT = {0, 4, 8, 12, 16, 20, 24, 28};
+#endif
+    return __builtin_convertvector(bytes >> SHIFT & 15, F);
 }
 
 }  // namespace sparsekv

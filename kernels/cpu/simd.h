@@ -35,6 +35,13 @@ inline F broadcast(float x) {
     return F{x, x, x, x, x, x, x, x};
 #endif
 }
+// Keeps the compiler from repeating a load in every instruction that uses it.
+inline F in_register(F x) {
+#if defined(__AVX2__)
+    asm("" : "+v"(x));
+#endif
+    return x;
+}
 inline F bits_to_float(I x) { return reinterpret_cast<F>(x); }
 inline I float_to_bits(F x) { return reinterpret_cast<I>(x); }
 // A NaN in either operand may be lost; softmax recovers it from the exponential.
