@@ -20,7 +20,7 @@ from triton.compiler import ASTSource
 
 from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.kernels.attention import triton as attention
-from vllm_sparsekv.kernels.attention.launch import Launch, attend_constants
+from vllm_sparsekv.kernels.attention.launch import Launch, attend_constants, attend_options
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MANGLED = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -87,7 +87,7 @@ def attention_report(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": launch.num_warps},
+        options=attend_options(launch, capability),
     )
     elements = 2 * launch.tile * fmt.head_size / (32 * launch.num_warps)
     return _report(compiled, elements)
@@ -170,8 +170,8 @@ def _loops(listing: str) -> list[list[str]]:
 
 
 def _history_loop(loops: list[list[str]]) -> list[str]:
-    """The first loop that unpacks, which is the one over whole tiles."""
+    """The first loop with matrix products, which is the one over whole tiles."""
     for body in loops:
         if any("HMMA" in line for line in body):
             return body
-    raise RuntimeError("no loop with the table look-ups of the unpacking found")
+    raise RuntimeError("no loop with matrix products found")

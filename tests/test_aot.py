@@ -29,8 +29,19 @@ REGISTERS = 64 * 1024
 """Of one multiprocessor, on every target here."""
 
 
-def report(capability, codec, head_size=128, rows=8, block_size=64):
-    config = SparseKVConfig(0.5, 0.5, codec, codec, 64)
+CACHES = {
+    "auto": (0.5, "auto", 0.5, "auto"),
+    "fp8": (0.5, "fp8", 0.5, "fp8"),
+    "int4": (0.5, "int4", 0.5, "int4"),
+    "all int4 keys, int4": (0.0, "int4", 0.5, "int4"),
+    "all int4": (0.0, "int4", 0.0, "int4"),
+}
+"""Sparsity and codec of keys, then of values."""
+
+
+def report(capability, cache, head_size=128, rows=8, block_size=64):
+    key_sparsity, key_dtype, value_sparsity, value_dtype = CACHES[cache]
+    config = SparseKVConfig(key_sparsity, value_sparsity, key_dtype, value_dtype, 64)
     fmt = SparseFormat.from_config(config, head_size, torch.bfloat16)
     tile, num_warps = tile_and_warps(rows, head_size)
     launch = Launch(rows, tile, 8, num_warps)
@@ -45,34 +56,31 @@ def warps_resident(measured, launch, capability):
     return min(by_registers, by_shared) * launch.num_warps
 
 
-STACK = {80: 32, 90: 0, 100: 0}
-"""Bytes a thread may spill outside loops."""
-
 DECODE = {
-    (80, "fp8"): 6.6,
-    (80, "int4"): 5.8,
-    (80, "auto"): 7.1,
-    (90, "fp8"): 4.6,
+    (80, "fp8"): 6.5,
+    (80, "int4"): 5.6,
+    (80, "all int4 keys, int4"): 4.25,
+    (90, "auto"): 6.0,
+    (90, "fp8"): 4.3,
     (90, "int4"): 5.6,
-    (90, "auto"): 7.1,
-    (100, "fp8"): 4.5,
+    (90, "all int4 keys, int4"): 4.25,
+    (90, "all int4"): 2.65,
     (100, "int4"): 5.6,
-    (100, "auto"): 7.1,
+    (100, "all int4 keys, int4"): 4.1,
 }
-"""(compute capability * 10, codec) -> instructions per unpacked element of keys and values."""
+"""(compute capability * 10, cache) -> instructions per unpacked element of keys and values."""
 
 
-@pytest.mark.parametrize(("capability", "codec"), DECODE, ids=str)
-def test_decode(capability, codec):
-    measured, launch = report(capability, codec)
-    assert measured.spills_in_loops == 0, str(measured)
-    assert measured.stack <= STACK[capability], str(measured)
-    assert measured.per_element <= DECODE[capability, codec], str(measured)
+@pytest.mark.parametrize(("capability", "cache"), DECODE, ids=str)
+def test_decode(capability, cache):
+    measured, launch = report(capability, cache)
+    assert measured.stack == 0, f"spills: {measured}"
+    assert measured.per_element <= DECODE[capability, cache], str(measured)
     assert warps_resident(measured, launch, capability) >= 8, str(measured)
 
 
 @pytest.mark.parametrize(
-    ("codec", "head_size", "rows", "block_size"),
+    ("cache", "head_size", "rows", "block_size"),
     [
         ("fp8", 64, 8, 64),
         ("fp8", 96, 8, 64),
@@ -83,11 +91,16 @@ def test_decode(capability, codec):
         ("int4", 128, 32, 64),
         ("auto", 128, 32, 256),
         ("int4", 256, 32, 64),
+        ("all int4 keys, int4", 256, 8, 64),
+        ("all int4 keys, int4", 96, 8, 64),
+        ("all int4 keys, int4", 128, 32, 64),
     ],
 )
-def test_other_shapes_do_not_spill(codec, head_size, rows, block_size):
-    measured, launch = report(90, codec, head_size, rows, block_size)
-    assert measured.stack == 0, f"spills: {measured}"
+def test_other_shapes_do_not_spill(cache, head_size, rows, block_size):
+    """But for a few bytes outside loops, where ptxas trades them for more programs at once."""
+    measured, launch = report(90, cache, head_size, rows, block_size)
+    assert measured.spills_in_loops == 0, str(measured)
+    assert measured.stack <= 16, f"spills: {measured}"
     assert warps_resident(measured, launch, 90) >= 4, str(measured)
 
 

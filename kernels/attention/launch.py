@@ -122,3 +122,13 @@ def attend_constants(
         "CONVERTS_FP8": target >= 89,
         "STAGES": 1,
     }
+
+
+def attend_options(launch: Launch, target: int) -> dict[str, int]:
+    """Triton's own launch options for a target.
+
+    Before compute capability 9.0 shared memory bounds the programs of a multiprocessor, so that
+    fewer registers would only spill.
+    """
+    options = {"num_warps": launch.num_warps}
+    return options | {"maxnreg": 255} if 80 <= target < 90 else options

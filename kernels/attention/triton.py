@@ -17,6 +17,7 @@ from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.kernels.attention.launch import (
     MIN_TILES,
     attend_constants,
+    attend_options,
     capability,
     choose_launch,
     workspace_elements,
@@ -83,6 +84,7 @@ def sparse_attention(
         window_strides, tag_strides = window.stride()[:3], tags.stride()[:3]
     ring_blocks = 0 if window is None else window_block_table.shape[1]
     tiles = num_tokens // (launch.rows // group) + num_reqs
+    target = capability(query.device)
     _attend[tiles, num_kv_heads, launch.splits](
         query,
         key,
@@ -110,10 +112,8 @@ def sparse_attention(
         block_table.stride(0),
         0 if window is None else window_block_table.stride(0),
         *out.stride()[:2],
-        **attend_constants(
-            fmt, group, pages.shape[2], slots_per_block, launch, capability(query.device)
-        ),
-        num_warps=launch.num_warps,
+        **attend_constants(fmt, group, pages.shape[2], slots_per_block, launch, target),
+        **attend_options(launch, target),
     )
     if launch.splits > 1:
         _merge_splits[num_tokens, num_heads](

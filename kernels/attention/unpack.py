@@ -203,7 +203,7 @@ def _halves(TEXT: tl.constexpr, OPERANDS: tl.constexpr, arguments, DTYPE: tl.con
     # A move Triton cannot see through: behind the joins it would guess 8-bit data and pick an
     # operand layout that costs a register move per pair and rules ldmatrix out.
     return tl.inline_asm_elementwise(
-        "mov.b32 $0, $1;", "=r,r", [tile], DTYPE, is_pure=False, pack=2
+        "mov.b32 $0, $1;", "=r,r", [tile], tile.dtype, is_pure=False, pack=2
     )
 
 
