@@ -21,7 +21,7 @@ def largest(x: torch.Tensor, survivors: int) -> torch.Tensor:
 def pruned(x: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
     """(..., D) -> (..., D) float64: the vectors a page gives back, 0 where pruned."""
     kept = largest(x, fmt.survivors)
-    stored = {"auto": _stored_auto, "fp8": _stored_fp8, "int4": _stored_int4}[fmt.codec.name]
+    stored = {"auto": _stored_auto, "fp8": _stored_fp8}.get(fmt.codec.name, _stored_integer)
     return torch.where(kept, stored(x, kept, fmt), 0.0)
 
 
@@ -34,16 +34,18 @@ def _stored_fp8(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch
     return limited.to(torch.float8_e4m3fn).double()
 
 
-def _stored_int4(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
+def _stored_integer(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
+    steps, largest, units = {"int4": (15, 15, 8), "int3": (8.5, 7, 16)}[fmt.codec.name]
     x = x.float()
     low = x.masked_fill(~kept, torch.inf).amin(-1, keepdim=True).clamp_max(0)
     high = x.masked_fill(~kept, -torch.inf).amax(-1, keepdim=True).clamp_min(0)
-    mantissa, exponent = ((high - low) / 15).half().float().frexp()
+    mantissa, exponent = ((high - low) / steps).half().float().frexp()
     unit = 2.0 ** (exponent - 5).clamp_min(-18)
     step = (mantissa.ldexp(exponent) / unit + 0.5).floor() * unit
     step = step.masked_fill(~(step < 2**16), torch.nan)
-    zero = (60 - 4 * (low + high) / step).round().clamp(0, 127) / 8
-    code = (x / step + zero).round().clamp(0, 15)
+    middle = (low + high) / 2 / step
+    zero = (units * (largest / 2 - middle)).round().clamp(0, 127) / units
+    code = (x / step + zero).round().clamp(0, largest)
     return torch.where(step == 0, 0.0, step.double() * (code.double() - zero.double()))
 
 

@@ -10,7 +10,7 @@ import pytest
 from vllm_sparsekv.config import PRESETS, SparseKVConfig
 
 SPARSITY = "must be a number s with 0 <= s < 1"
-DTYPE = "must be one of ['auto', 'fp8', 'int4']"
+DTYPE = "must be one of ['auto', 'fp8', 'int3', 'int4']"
 WINDOW = "must be an integer >= 0 (tokens)"
 SETTINGS = "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window']"
 
@@ -61,6 +61,12 @@ def test_bad_sparsity(field, value):
 @pytest.mark.parametrize("value", ["bf16", "AUTO", "", None, 8, ["fp8"], {"fp8": 1}])
 def test_bad_dtype(field, value):
     assert refusal({field: value}) == f"sparsekv.{field}={value!r}: {DTYPE}"
+
+
+@pytest.mark.parametrize("kind", ["key", "value"])
+def test_int3_takes_whole_vectors_only(kind):
+    message = refusal({f"{kind}_dtype": "int3", f"{kind}_sparsity": 0.5})
+    assert message == f"sparsekv.{kind}_sparsity=0.5: must be 0 with {kind}_dtype='int3'"
 
 
 @pytest.mark.parametrize("value", [-1, 64.0, "64", None, True, math.nan, [64]])

@@ -92,7 +92,7 @@ def test_inf_and_nan_are_never_dropped(dtype):
     assert survivor_mask(x, 4).nonzero().squeeze(-1).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_bytes_of_one_vector(codec, dtype):
     """The layout of the format module, written out: D=16, k=4, survivors 1, 4, 9, 15."""
@@ -116,6 +116,8 @@ def test_bytes_of_one_vector(codec, dtype):
 @pytest.mark.parametrize("survivors", [4, 20, -4, 0])
 def test_random_vectors_come_back_pruned(codec, head_size, survivors):
     survivors = survivors if 0 < survivors < head_size else head_size + min(survivors, 0)
+    if codec == "int3" and survivors < head_size:
+        pytest.skip("int3 stores whole vectors only")
     generator = torch.Generator().manual_seed(head_size + survivors)
     for dtype in DTYPES:
         x = (3 * torch.randn(5, 3, head_size, generator=generator)).to(dtype)
@@ -132,7 +134,7 @@ def test_random_vectors_come_back_pruned(codec, head_size, survivors):
 @pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64), (2, 0, 64)])
 @pytest.mark.parametrize("codec", CODECS)
 def test_no_vectors(shape, codec):
-    fmt = VectorFormat(64, 32, CODECS[codec](torch.float32))
+    fmt = VectorFormat(64, 64 if codec == "int3" else 32, CODECS[codec](torch.float32))
     packed = pack_vectors(torch.empty(shape), fmt)
     assert unpack_vectors(*packed, fmt).shape == shape
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_sparsekv.admission import layer_format, settings_of
+from vllm_sparsekv.basis import Basis, change
 from vllm_sparsekv.format import BLOCK_SIZE_MULTIPLE, MODEL_DTYPES, SparseFormat
 from vllm_sparsekv.kernels import api
 from vllm_sparsekv.plugin import BACKEND_NAME
@@ -40,7 +41,7 @@ which engine.
 
 
 class SparseKVBackend(AttentionBackend):
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = list(MODEL_DTYPES)
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
 
@@ -172,23 +173,13 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.format = layer_format(vllm_config, head_size)
         _formats[head_size, self.format.dtype] = self.format
+        self.basis = Basis.of(self.format, vllm_config.device_config.device)
         self.window = self._add_window_layer(vllm_config) if self.format.window else None
 
     def _add_window_layer(self, vllm_config: VllmConfig) -> WindowLayer:
         layers = vllm_config.compilation_config.static_forward_context.values()
         index = first_layer_index(vllm_config) + sum(isinstance(x, WindowLayer) for x in layers)
         return WindowLayer(f"sparsekv.window.{index}", self.num_kv_heads, self.format, vllm_config)
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        """Prune the step's keys and values into their pages, before its attention."""
-        api.pack(key, value, slot_mapping, kv_cache, self.format)
 
     def forward(
         self,
@@ -202,7 +193,9 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of one step, then the window takes its newest tokens.
+        """Prune the step's keys and values into their pages, attend, then fill the window.
+
+        Pages and window hold vectors in the basis of the layer.
 
         Args:
             query: (num_tokens, num_heads, head_size) model dtype.
@@ -217,12 +210,16 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         if attn_metadata is None:
             return output
         step = attn_metadata
+        key = change(key, self.basis.key)
+        value = change(value, self.basis.value)
+        api.pack(key, value, step.slot_mapping, kv_cache, self.format)
         window, window_block_table = None, None
         if self.window is not None:
             window = self.window.kv_cache
             window_block_table = layer_metadata(self.window.layer_name).block_table
+        stored = torch.empty_like(output) if self.basis.output is not None else output
         api.sparse_attention(
-            query,
+            change(query, self.basis.query),
             key,
             value,
             kv_cache,
@@ -233,8 +230,10 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
             window_block_table,
             self.scale,
             self.format,
-            output,
+            stored,
         )
+        if stored is not output:
+            output.copy_(change(stored, self.basis.output))
         if window is not None:
             api.write_window(
                 key,

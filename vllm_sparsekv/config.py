@@ -79,6 +79,10 @@ class SparseKVConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in CODECS:
                 raise _invalid(name, value, f"one of {sorted(CODECS)}")
+        for kind in ("key", "value"):
+            sparsity = getattr(self, f"{kind}_sparsity")
+            if getattr(self, f"{kind}_dtype") == "int3" and sparsity:
+                raise _invalid(f"{kind}_sparsity", sparsity, f"0 with {kind}_dtype='int3'")
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
             raise _invalid("window", self.window, "an integer >= 0 (tokens)")
 

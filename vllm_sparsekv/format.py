@@ -64,6 +64,11 @@ class VectorFormat:
         return 1 - self.survivors / self.head_size
 
     @property
+    def rotated(self) -> bool:
+        """Whether these vectors are stored in the basis of :mod:`vllm_sparsekv.basis`."""
+        return self.survivors == self.head_size and self.codec.bits < 8
+
+    @property
     def bitmap_bytes(self) -> int:
         """0 where every element survives."""
         return self.head_size // 8 if self.survivors < self.head_size else 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from vllm_sparsekv.basis import Basis, change
 from vllm_sparsekv.config import PRESETS, SparseKVConfig
 from vllm_sparsekv.format import TAG_BYTES, SparseFormat, VectorFormat
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
@@ -59,12 +60,18 @@ def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method
     """Ours: keys and values through the project's own pack and unpack."""
     fmt = SparseFormat.from_config(config, head_size, dtype)
 
-    def stored(vector: VectorFormat, x: Vectors) -> Vectors:
-        return unpack_vectors(*pack_vectors(x, vector), vector)
+    basis = Basis.of(fmt)
 
+    def stored(
+        vector: VectorFormat, there: torch.Tensor | None, back: torch.Tensor | None, x: Vectors
+    ) -> Vectors:
+        packed = pack_vectors(change(x, there), vector)
+        return change(unpack_vectors(*packed, vector), back)
+
+    key_back = None if basis.query is None else basis.query.mT
     return Method(
-        key=lambda key, query: stored(fmt.key, key),
-        value=partial(stored, fmt.value),
+        key=lambda key, query: stored(fmt.key, basis.key, key_back, key),
+        value=partial(stored, fmt.value, basis.value, basis.output),
         vector_bytes=fmt.token_bytes,
         window=config.window,
         settings=asdict(config),

@@ -1,0 +1,90 @@
+"""The basis in which a layer's keys and values are stored.
+
+Elements quantised with few bits lose least when they are all of one size, so vectors that keep
+every element in an integer codec are stored rotated: their energy is then spread evenly (QuaRot,
+arXiv 2404.00456). Pruned vectors stay as they are: pruning lives on elements of different sizes.
+
+Attention needs no vector back. With keys stored as ``k F`` and queries taken as ``q F^-T`` scores
+are unchanged, and with values stored as ``v F`` the output is ``o F^-1``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from vllm_sparsekv.format import SparseFormat
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Matrices of one layer, each (D, D), or None where nothing changes.
+
+    Attributes:
+        key: what keys are multiplied with before they are stored.
+        query: what queries are multiplied with.
+        value: what values are multiplied with before they are stored.
+        output: what the attention output is multiplied with.
+    """
+
+    key: torch.Tensor | None = None
+    query: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+    @classmethod
+    @cache
+    def of(cls, fmt: SparseFormat, device: torch.device | str = "cpu") -> Basis:
+        """The basis of all layers with this format, on ``device``."""
+        forward, inverse = (
+            matrix.to(device, fmt.dtype if _is_exact(matrix, fmt.dtype) else torch.float32)
+            for matrix in rotation(fmt.head_size)
+        )
+        key, query = (forward, inverse.mT) if fmt.key.rotated else (None, None)
+        value, output = (forward, inverse) if fmt.value.rotated else (None, None)
+        return cls(key, query, value, output)
+
+
+def change(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
+    """``x @ matrix`` in the dtype of x; x itself where the matrix is None.
+
+    Args:
+        x: (..., D) floats.
+        matrix: (D, D) or None.
+    """
+    if matrix is None:
+        return x
+    wider = torch.promote_types(x.dtype, matrix.dtype)
+    return (x.to(wider) @ matrix.to(wider)).to(x.dtype)
+
+
+@cache
+def rotation(size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """F and its inverse, (size, size) float32: random signs, then a Hadamard transform.
+
+    Where size is a power of two, F is orthogonal up to a factor that makes all entries of both
+    matrices powers of two, exact in every dtype. An odd factor of size takes a cosine transform.
+    """
+    power = size & -size
+    with torch.device("cpu"):
+        matrix = _cosine(size // power)
+        while matrix.shape[0] < size:
+            matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+        signs = torch.randint(2, (size, 1), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    bits = power.bit_length() - 1
+    return signs * matrix / 2 ** (bits // 2), (signs * matrix).mT / 2 ** (bits - bits // 2)
+
+
+def _cosine(size: int) -> torch.Tensor:
+    """(size, size) float32, the orthonormal DCT-II."""
+    n = torch.arange(size, dtype=torch.float64)
+    matrix = (math.pi / size * (n + 0.5) * n[:, None]).cos() * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix.float()
+
+
+def _is_exact(matrix: torch.Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(matrix.to(dtype).float(), matrix)
