@@ -20,14 +20,14 @@ class Batch {
         units_ = carver.take<float>(BATCH);
         ones_ = carver.take<float>(BATCH);
         zeros_ = carver.take<float>(BATCH);
-        exact_ = layout.storage >= FP8 ? carver.take<float>(BATCH * head_size) : nullptr;
+        exact_ = layout.storage == INT4 ? carver.take<float>(BATCH * head_size) : nullptr;
     }
 
     // Once the memory is there.
     void initialize() {
         for (int i = 0; i < BATCH; ++i) {
             ones_[i] = 1;
-            units_[i] = expand_unit(layout_.storage);
+            units_[i] = 1;
             zeros_[i] = 0;
         }
         begin();
@@ -44,20 +44,18 @@ class Batch {
         const int bytes = layout_.value_bytes(), bitmap_bytes = head_size_ / 8;
         const uint8_t* source = section.values + int64_t(first) * bytes;
         const uint8_t* bitmap = section.bitmap + first * bitmap_bytes;
-        if (layout_.storage == FP8) has_nan_ |= any_fp8_nan(source, count * bytes);
         if (layout_.storage == INT4) add_scales(section.scales + first * scale_bytes(INT4), count, n);
         if (in_place && !is_spread()) {
             place_ = {source, bitmap};
             return;
         }
         if (!whole_) memcpy(bitmap_ + n * bitmap_bytes, bitmap, count * bitmap_bytes);
-        if (!is_spread()) {
-            memcpy(values_ + n * bytes, source, count * bytes);
-            return;
-        }
-        uint8_t* eighths = values_ + n * layout_.survivors;
-        for (int i = 0; i < count; ++i, source += bytes, eighths += layout_.survivors)
-            to_eighths(source, bytes, static_cast<int>(zeros_[n + i] * 8), eighths);
+        uint8_t* out = values_ + n * stride();
+        if (!is_spread()) memcpy(out, source, count * bytes);
+        else if (layout_.storage == FP8) to_bfloat16(source, count * bytes, out);
+        else
+            for (int i = 0; i < count; ++i, source += bytes, out += 2 * bytes)
+                to_eighths(source, bytes, static_cast<int>(zeros_[n + i] * 8), out);
     }
 
     // Appends a row of the model dtype as number n.
@@ -68,33 +66,85 @@ class Batch {
     // What was collected: dense rows, or pruned vectors.
     int storage(bool dense) const {
         if (dense || has_nan_ || (whole_ && layout_.storage == FLOAT32)) return DENSE;
-        return whole_ ? layout_.storage + WHOLE : layout_.storage;
+        const int storage = layout_.storage == FP8 ? int(BFLOAT16) : layout_.storage;
+        return whole_ ? storage + WHOLE : storage;
     }
 
     Vectors vectors(bool dense, int n) {
         const int64_t row = int64_t(head_size_) * sizeof(float);
         if (dense) return {values_, bitmap_, row, ones_, zeros_};
-        const int bytes = is_spread() ? layout_.survivors : layout_.value_bytes();
-        if (!has_nan_) return {place_.values, place_.bitmap, bytes, units_, zeros_};
-        // Element by element: the fast expansion knows no NaN.
+        if (!has_nan_) return {place_.values, place_.bitmap, stride(), units_, zeros_};
+        // Element by element: a NaN unit would spoil the zeros of pruned elements.
         for (int i = 0; i < n; ++i) {
-            const uint8_t* survivor = place_.values + i * bytes;
+            const uint8_t* survivor = values_ + i * stride();
             for (int d = 0; d < head_size_; ++d) {
-                const bool kept = whole_ || place_.bitmap[(i * head_size_ + d) / 8] >> d % 8 & 1;
-                exact_[i * head_size_ + d] = kept ? exact(*survivor++, i) : 0.f;
+                const bool kept = bitmap_[(i * head_size_ + d) / 8] >> d % 8 & 1;
+                const float unit = units_[i] / INT4_UNIT;
+                exact_[i * head_size_ + d] = kept ? static_cast<int8_t>(*survivor++) * unit : 0.f;
             }
         }
         return {reinterpret_cast<const uint8_t*>(exact_), bitmap_, row, ones_, zeros_};
     }
 
   private:
-    // Whether survivors are copied from two a byte to one a byte.
-    bool is_spread() const { return layout_.storage == INT4 && !whole_; }
+    // Whether survivors take more bytes here than in their page.
+    bool is_spread() const { return layout_.storage == FP8 || (layout_.storage == INT4 && !whole_); }
+    int stride() const { return is_spread() ? 2 * layout_.value_bytes() : layout_.value_bytes(); }
 
     // A NaN step spoils the whole vector, so it needs care only where some elements are pruned.
     void add_scales(const uint8_t* scales, int count, int n) {
-        const float unit = whole_ ? 1.f : expand_unit(INT4) / 8;
+        const float unit = whole_ ? 1.f : INT4_UNIT / 8;
         has_nan_ |= decode_scales(scales, count, unit, units_ + n, zeros_ + n) && !whole_;
+    }
+
+#if defined(__AVX2__)
+    // 32 bytes of either in turn.
+    static void store_pairs(__m256i even, __m256i odd, uint8_t* out) {
+        const __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
+        __m128i* to = (__m128i*)out;
+        _mm_storeu_si128(to, _mm256_castsi256_si128(first));
+        _mm_storeu_si128(to + 1, _mm256_castsi256_si128(second));
+        _mm_storeu_si128(to + 2, _mm256_extracti128_si256(first, 1));
+        _mm_storeu_si128(to + 3, _mm256_extracti128_si256(second, 1));
+    }
+#endif
+
+    // fp8 to bfloat16.
+    static void to_bfloat16(const uint8_t* source, int count, uint8_t* out) {
+        int i = 0;
+#if defined(__AVX2__)
+        // The upper byte follows from sign and upper exponent, the lower one is the lower nibble; below
+        // the normal range (magnitudes 0 to 7) both are corrected.
+        const auto table = [](int64_t low, int64_t high) {
+            return _mm256_broadcastsi128_si256(_mm_set_epi64x(high, low));
+        };
+        const __m256i upper_bytes = table(0x434241403f3e3d3c, 0xc3c2c1c0bfbebdbc);
+        const __m256i correct_upper = table(0, 0x000000000707073c);
+        const __m256i correct_lower = table(0, 0x10207040f0a01000);
+        if (!any_nan(source, count))
+            for (; i + 32 <= count; i += 32) {
+                const __m256i x = _mm256_loadu_si256((const __m256i*)(source + i));
+                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15));
+                const __m256i low = _mm256_and_si256(_mm256_slli_epi16(x, 4), _mm256_set1_epi8(-16));
+                // 8 to 15 for the magnitudes to correct, negative, which looks up 0, for all others.
+                const __m256i small =
+                    _mm256_add_epi8(_mm256_and_si256(x, _mm256_set1_epi8(127)), _mm256_set1_epi8(120));
+                const __m256i upper =
+                    _mm256_xor_si256(_mm256_shuffle_epi8(upper_bytes, high), _mm256_shuffle_epi8(correct_upper, small));
+                const __m256i lower = _mm256_xor_si256(low, _mm256_shuffle_epi8(correct_lower, small));
+                store_pairs(lower, upper, out + 2 * i);
+            }
+#endif
+        for (; i < count; ++i) {
+            const uint16_t x = float_to_bfloat16(fp8_to_float(source[i]));
+            memcpy(out + 2 * i, &x, sizeof x);
+        }
+    }
+
+    static bool any_nan(const uint8_t* fp8, int count) {
+        uint8_t found = 0;
+        for (int i = 0; i < count; ++i) found |= (fp8[i] & 0x7f) == 0x7f;
+        return found;
     }
 
     // int4 codes, two a byte, to 8 * code - zero. May read 30 bytes more, which the scales that
@@ -109,12 +159,7 @@ class Batch {
             const __m256i x = _mm256_loadu_si256((const __m256i*)(source + i));
             const __m256i even = _mm256_shuffle_epi8(table, _mm256_and_si256(x, low_bits));
             const __m256i odd = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(x, 4), low_bits));
-            const __m256i first = _mm256_unpacklo_epi8(even, odd), second = _mm256_unpackhi_epi8(even, odd);
-            __m128i* to = (__m128i*)(out + 2 * i);
-            _mm_storeu_si128(to, _mm256_castsi256_si128(first));
-            _mm_storeu_si128(to + 1, _mm256_castsi256_si128(second));
-            _mm_storeu_si128(to + 2, _mm256_extracti128_si256(first, 1));
-            _mm_storeu_si128(to + 3, _mm256_extracti128_si256(second, 1));
+            store_pairs(even, odd, out + 2 * i);
         }
 #else
         for (int i = 0; i < bytes; ++i) {
@@ -122,17 +167,6 @@ class Batch {
             out[2 * i + 1] = static_cast<uint8_t>((source[i] >> 4) * 8 - zero);
         }
 #endif
-    }
-
-    float exact(uint8_t survivor, int i) const {
-        if (layout_.storage == FP8) return fp8_to_float(survivor);
-        return static_cast<int8_t>(survivor) * (units_[i] / expand_unit(INT4));
-    }
-
-    static bool any_fp8_nan(const uint8_t* p, int count) {
-        uint8_t found = 0;
-        for (int i = 0; i < count; ++i) found |= (p[i] & 0x7f) == 0x7f;
-        return found;
     }
 
     int head_size_ = 0;

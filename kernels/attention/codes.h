@@ -52,8 +52,8 @@ inline void add_codes(const I (&codes)[TOGETHER], const float* query, F (&sums)[
     F x[TOGETHER];
     for (int j = 0; j < TOGETHER; ++j) x[j] = code_values<NIBBLE>(codes[j]);
     for (int row = 0; row < ROWS; ++row) {
-        const F q = in_register(load(query + (NIBBLE * ROWS + row) * LANES));
-        for (int j = 0; j < TOGETHER; ++j) sums[j][row] += x[j] * q;
+        const F q = load(query + (NIBBLE * ROWS + row) * LANES);
+        for (int j = 0; j < TOGETHER; ++j) add_product(sums[j][row], x[j], q);
     }
     if constexpr (NIBBLE + 1 < NIBBLES) add_codes<ROWS, TOGETHER, NIBBLE + 1>(codes, query, sums);
 }

@@ -66,11 +66,9 @@ inline void expand_rows(int storage, const Vectors& x, int n, int head_size, flo
         case FLOAT32: return expand_rows<FLOAT32>(x, n, head_size, out);
         case BFLOAT16: return expand_rows<BFLOAT16>(x, n, head_size, out);
         case FLOAT16: return expand_rows<FLOAT16>(x, n, head_size, out);
-        case FP8: return expand_rows<FP8>(x, n, head_size, out);
         case INT4: return expand_rows<INT4>(x, n, head_size, out);
         case BFLOAT16 + WHOLE: return expand_rows<BFLOAT16 + WHOLE>(x, n, head_size, out);
         case FLOAT16 + WHOLE: return expand_rows<FLOAT16 + WHOLE>(x, n, head_size, out);
-        case FP8 + WHOLE: return expand_rows<FP8 + WHOLE>(x, n, head_size, out);
         default: return expand_rows<INT4 + WHOLE>(x, n, head_size, out);
     }
 }

@@ -11,7 +11,7 @@ constexpr int ROW_BLOCK = 4;  // rows the functions of this file take at most
 constexpr int OVERREAD = 64;  // bytes that expand() may read past the last survivor
 
 // Beside the numbers of Storage: float32 rows without a bitmap, and what is added to the storage of
-// vectors that keep all their elements. INT4 + WHOLE is in packed codes, not one a byte.
+// vectors that keep all their elements. Kernels know no FP8 (batch.h); INT4 + WHOLE is packed codes.
 constexpr int DENSE = -1;
 constexpr int WHOLE = 4;
 
@@ -60,9 +60,10 @@ struct Walk {
             values += LANES * survivor_bytes(STORAGE - WHOLE);
             return x;
         } else {
-            const uint64_t bits = load_bits(bitmap);
+            uint64_t bits = load_bits(bitmap);
+            const uint64_t count = count_bits(bits);
             const F x = expand<STORAGE>(values, bits);
-            values += survivor_bytes(STORAGE) * count_bits(bits);
+            values += survivor_bytes(STORAGE) * count;
             bitmap += sizeof(Bits);
             return x;
         }
@@ -90,8 +91,10 @@ void score_rows(const float* query, const Vectors& key, int n, int head_size, fl
             for (int d = 0; d < head_size; d += LANES, q += LANES) {
                 F x[TOGETHER];
                 for (int j = 0; j < TOGETHER; ++j) x[j] = walk[j].next();
-                for (int row = 0; row < ROWS; ++row)
-                    for (int j = 0; j < TOGETHER; ++j) sums[j][row] += x[j] * load(q + row * head_size);
+                for (int row = 0; row < ROWS; ++row) {
+                    const F y = load(q + row * head_size);
+                    for (int j = 0; j < TOGETHER; ++j) add_product(sums[j][row], x[j], y);
+                }
             }
             for (int j = 0; j < TOGETHER; ++j)
                 for (int row = 0; row < ROWS; ++row) partial[first + j][row] = sums[j][row];
@@ -116,7 +119,7 @@ inline void weigh_columns(
         for (int w = 0; w < WIDTH; ++w) {
             F x = walk.next();
             if constexpr (STORAGE == INT4 + WHOLE) x -= value.zeros[i];
-            for (int row = 0; row < ROWS; ++row) sums[row][w] += x * weight[row];
+            for (int row = 0; row < ROWS; ++row) add_product(sums[row][w], x, weight[row]);
         }
         begin[i] = walk.values;
     }
@@ -151,9 +154,8 @@ using RowKernel = void (*)(const float*, const Vectors&, int, int, float*, Ahead
     {                                                                                                  \
         SPARSEKV_ROWS(function, DENSE), SPARSEKV_ROWS(function, FLOAT32),                              \
             SPARSEKV_ROWS(function, BFLOAT16), SPARSEKV_ROWS(function, FLOAT16),                       \
-            SPARSEKV_ROWS(function, FP8), SPARSEKV_ROWS(function, INT4),                               \
-            SPARSEKV_ROWS(function, BFLOAT16 + WHOLE), SPARSEKV_ROWS(function, FLOAT16 + WHOLE),       \
-            SPARSEKV_ROWS(function, FP8 + WHOLE), SPARSEKV_ROWS(function, INT4 + WHOLE)                \
+            {}, SPARSEKV_ROWS(function, INT4), SPARSEKV_ROWS(function, BFLOAT16 + WHOLE),              \
+            SPARSEKV_ROWS(function, FLOAT16 + WHOLE), {}, SPARSEKV_ROWS(function, INT4 + WHOLE)        \
     }
 inline RowKernel score_kernel(int storage, int rows) {
     static constexpr RowKernel TABLE[][ROW_BLOCK] = SPARSEKV_STORAGES(score_rows);

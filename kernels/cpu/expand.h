@@ -1,7 +1,7 @@
 // From a bitmap and packed survivors to lanes of float32.
 //
-// In working memory survivors keep the form of their page, except that int4 takes a signed
-// byte each (Int4Scale). AVX2 has no expand instruction; tables indexed by a bitmap byte hold the byte shuffle that
+// In working memory survivors keep the form of their page, except that fp8 becomes bfloat16 and int4
+// takes a signed byte each (Int4Scale). AVX2 has no expand instruction; tables indexed by a bitmap byte hold the byte shuffle that
 // moves the next survivors to their lanes, which often converts them at the same time.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace sparsekv {
 
-constexpr int survivor_bytes(int storage) { return storage == FLOAT32 ? 4 : storage >= FP8 ? 1 : 2; }
+constexpr int survivor_bytes(int storage) { return storage == FLOAT32 ? 4 : storage == INT4 ? 1 : 2; }
 
 #if defined(__AVX512F__)
 using Bits = uint16_t;
@@ -24,10 +24,10 @@ inline uint64_t load_bits(const uint8_t* bitmap) {
     return bits;
 }
 
-inline uint64_t count_bits(uint64_t bits) {
+inline uint64_t count_bits(uint64_t& bits) {
 #if defined(__AVX2__)
-    uint64_t count;  // the compiler would copy `bits` first
-    asm("popcntq %1, %0" : "=r"(count) : "r"(bits));
+    uint64_t count;  // "changing" `bits` keeps the compiler from copying it
+    asm("popcntq %1, %0" : "=r"(count), "+r"(bits));
     return count;
 #else
     return __builtin_popcountll(bits);
@@ -57,27 +57,17 @@ struct Shuffles {
 inline constexpr Shuffles<1, 1, 0> TO_LANE;         // which survivor, negative for none
 inline constexpr Shuffles<4, 2, 2> BF16_TO_FLOAT;   // into the upper half
 inline constexpr Shuffles<2, 2, 0> FP16_TO_FP16;
-inline constexpr Shuffles<2, 1, 1> FP8_TO_FP16;     // into the upper half
 inline constexpr Shuffles<4, 1, 3> BYTE_TO_INT32;   // into the upper byte
 #endif
 
-#if defined(__AVX2__)
-// fp8 in the upper halves of 16-bit words to the float16 2^8 smaller.
-inline __m128i fp8_to_half(__m128i x) {
-    return _mm_and_si128(_mm_srai_epi16(x, 1), _mm_set1_epi16((short)0xbfff));
-}
-#endif
-
-// What expand() leaves out: its result counts in this unit; for int4 times step / 8.
-constexpr float expand_unit(int storage) {
+// What expand() leaves out for int4: its result counts in this unit, times step / 8.
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    if (storage == INT4) return 0x1p-24f;
+constexpr float INT4_UNIT = 0x1p-24f;
+#else
+constexpr float INT4_UNIT = 1.f;
 #endif
-    return storage == FP8 ? 256.f : 1.f;
-}
 
 // The next survivors at p, each in the lane whose bit is set, 0 elsewhere. May read 64 bytes.
-// FP8 survivors must hold no NaN.
 template <int STORAGE>
 inline F expand(const uint8_t* p, uint64_t bits) {
 #if defined(__AVX512F__)
@@ -89,10 +79,6 @@ inline F expand(const uint8_t* p, uint64_t bits) {
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
     } else {
         const __m128i byte = _mm_maskz_expand_epi8(bits, _mm_loadu_si128((const __m128i*)p));
-        if constexpr (STORAGE == FP8) {
-            const __m256i half = _mm256_srai_epi16(_mm256_slli_epi16(_mm256_cvtepu8_epi16(byte), 8), 1);
-            return _mm512_cvtph_ps(_mm256_and_si256(half, _mm256_set1_epi16((short)0xbfff)));
-        }
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(byte));
     }
 #elif defined(__AVX2__)
@@ -110,9 +96,6 @@ inline F expand(const uint8_t* p, uint64_t bits) {
     } else if constexpr (STORAGE == FLOAT16) {
         const __m128i next = _mm_loadu_si128((const __m128i*)p);
         return _mm256_cvtph_ps(_mm_shuffle_epi8(next, FP16_TO_FP16.half(bits)));
-    } else if constexpr (STORAGE == FP8) {
-        const __m128i next = _mm_loadl_epi64((const __m128i*)p);
-        return _mm256_cvtph_ps(fp8_to_half(_mm_shuffle_epi8(next, FP8_TO_FP16.half(bits))));
     } else {
         const __m256i next = _mm256_castpd_si256(_mm256_broadcast_sd((const double*)p));
         return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(next, BYTE_TO_INT32.full(bits)));
@@ -122,8 +105,7 @@ inline F expand(const uint8_t* p, uint64_t bits) {
     for (int lane = 0, rank = 0; lane < LANES; ++lane) {
         if (!(bits >> lane & 1)) continue;
         const uint8_t* survivor = p + survivor_bytes(STORAGE) * rank++;
-        out[lane] = STORAGE == INT4 ? static_cast<int8_t>(*survivor)
-                                    : one_value(STORAGE, survivor) / expand_unit(STORAGE);
+        out[lane] = STORAGE == INT4 ? static_cast<int8_t>(*survivor) : one_value(STORAGE, survivor);
     }
     return out;
 #endif

@@ -35,12 +35,13 @@ inline F broadcast(float x) {
     return F{x, x, x, x, x, x, x, x};
 #endif
 }
-// Keeps the compiler from repeating a load in every instruction that uses it.
-inline F in_register(F x) {
+// sum += x * y, in registers: the compiler would copy sums around and repeat the loads of y.
+inline void add_product(F& sum, F x, F y) {
 #if defined(__AVX2__)
-    asm("" : "+v"(x));
+    asm("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y));
+#else
+    sum += x * y;
 #endif
-    return x;
 }
 inline F bits_to_float(I x) { return reinterpret_cast<F>(x); }
 inline I float_to_bits(F x) { return reinterpret_cast<I>(x); }
