@@ -39,10 +39,13 @@ class Basis:
     @cache
     def of(cls, fmt: SparseFormat, device: torch.device | str = "cpu") -> Basis:
         """The basis of all layers with this format, on ``device``."""
-        forward, inverse = (
-            matrix.to(device, fmt.dtype if _is_exact(matrix, fmt.dtype) else torch.float32)
-            for matrix in rotation(fmt.head_size)
+        # CPUs without bfloat16 arithmetic multiply it an order of magnitude slower than float32.
+        matrices = rotation(fmt.head_size)
+        narrow = torch.device(device).type != "cpu" and all(
+            torch.equal(matrix.to(fmt.dtype).float(), matrix) for matrix in matrices
         )
+        dtype = fmt.dtype if narrow else torch.float32
+        forward, inverse = (matrix.to(device, dtype) for matrix in matrices)
         key, query = (forward, inverse.mT) if fmt.key.rotated else (None, None)
         value, output = (forward, inverse) if fmt.value.rotated else (None, None)
         return cls(key, query, value, output)
@@ -84,7 +87,3 @@ def _cosine(size: int) -> torch.Tensor:
     matrix = (math.pi / size * (n + 0.5) * n[:, None]).cos() * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
     return matrix.float()
-
-
-def _is_exact(matrix: torch.Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(matrix.to(dtype).float(), matrix)
