@@ -22,7 +22,7 @@ from vllm_sparsekv.kernels.cpu.build import BuildError
 from vllm_sparsekv.kernels.pack import reference as pack_reference
 from vllm_sparsekv.kernels.window import reference as window_reference
 
-__all__ = ["pack", "sparse_attention", "write_window"]
+__all__ = ["pack", "sparse_attention", "workspace_elements", "write_window"]
 
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
@@ -118,8 +118,13 @@ def sparse_attention(
     scale: float,
     fmt: SparseFormat,
     out: torch.Tensor,
+    *,
+    workspace: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of a ragged batch into ``out``: see ``attention/reference.py``.
+
+    Args:
+        workspace: scratch of :func:`workspace_elements`, for the implementations that take any.
 
     Raises:
         ValueError: a shape or dtype does not fit the format; names the argument.
@@ -136,6 +141,7 @@ def sparse_attention(
         _check_window(window, window_block_table, kv_heads, fmt)
     else:
         window = window_block_table = None
+    scratch = {} if workspace is None else {"workspace": workspace}
     implementation(pages.device.type).sparse_attention(
         query,
         key,
@@ -149,7 +155,21 @@ def sparse_attention(
         scale,
         fmt,
         out,
+        **scratch,
     )
+
+
+def workspace_elements(device: torch.device, group: int, head_size: int) -> int:
+    """Float32 elements of scratch that attention on the device takes at most; 0 for none.
+
+    Args:
+        group: query heads that share a KV head.
+    """
+    if device.type != "cuda" or implementation(device.type) is REFERENCE:
+        return 0
+    from vllm_sparsekv.kernels.attention.launch import max_workspace_elements
+
+    return max_workspace_elements(device, group, head_size)
 
 
 def write_window(

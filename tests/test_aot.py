@@ -122,6 +122,6 @@ def test_window_and_merge_do_not_spill(capability):
     _, stack = sass.resources(window._write_window, lengths | vectors, sizes, capability, 4)
     assert stack == 0
     sums = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16", "query_start_loc": "*i32"}
-    sizes = {"SPLITS": 8, "D": 128, "PADDED": 128}
+    sizes = {"D": 128, "PADDED": 128}
     _, stack = sass.resources(attention._merge_splits, sums, sizes, capability, 1)
     assert stack == 0

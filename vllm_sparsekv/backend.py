@@ -27,6 +27,7 @@ from vllm_sparsekv.vllm_compat import (
     get_current_vllm_config,
     init_logger,
     layer_metadata,
+    workspace,
 )
 from vllm_sparsekv.window import WindowLayer
 
@@ -95,7 +96,7 @@ class SparseKVMetadata:
 
 
 class SparseKVMetadataBuilder(AttentionMetadataBuilder[SparseKVMetadata]):
-    _cudagraph_support = AttentionCGSupport.NEVER
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self,
@@ -207,6 +208,11 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("sparsekv: fused output quantization is not supported")
+        scratch = workspace(
+            api.workspace_elements(
+                query.device, self.num_heads // self.num_kv_heads, self.head_size
+            )
+        )
         if attn_metadata is None:
             return output
         step = attn_metadata
@@ -231,6 +237,7 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
             self.scale,
             self.format,
             stored,
+            workspace=scratch,
         )
         if stored is not output:
             output.copy_(change(stored, self.basis.output))

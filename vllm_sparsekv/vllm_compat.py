@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from vllm.version import __version__ as VLLM_VERSION
@@ -51,6 +52,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheLayout,
 )
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.worker.workspace import current_workspace_manager, is_workspace_manager_initialized
 
 __all__ = [
     "VLLM_VERSION",
@@ -76,6 +78,7 @@ __all__ = [
     "register_backend_member",
     "register_ring",
     "watch_config",
+    "workspace",
 ]
 
 
@@ -183,3 +186,14 @@ def layer_metadata(layer_name: str) -> Any:
     if isinstance(metadata, list):
         metadata = metadata[0]
     return None if metadata is None else metadata[layer_name]
+
+
+def workspace(elements: int) -> torch.Tensor | None:
+    """Float32 scratch of one step, out of vLLM's own; None for 0 elements and without a worker.
+
+    Asked for in the profiling run, it is part of what vLLM sets aside; later calls of the same size
+    return the same memory, also within CUDA graphs.
+    """
+    if not elements or not is_workspace_manager_initialized():
+        return None
+    return current_workspace_manager().get_simultaneous(((elements,), torch.float32))[0]

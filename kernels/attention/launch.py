@@ -56,7 +56,7 @@ def choose_launch(
     tile, num_warps = tile_and_warps(rows, size)
     programs = (num_tokens // (rows // group) + num_reqs) * num_kv_heads
     useful = triton.cdiv(max_context, tile * MIN_TILES.value)
-    splits = max(1, min(4 * _multiprocessors(query.device) // programs, useful))
+    splits = max(1, min(_max_programs(query.device) // programs, useful))
     return Launch(rows, tile, splits, num_warps)
 
 
@@ -86,14 +86,28 @@ def capability(device: torch.device) -> int:
         return 90
     if torch.version.hip is not None:
         return 0
-    major, minor = torch.cuda.get_devicecapability(device)
+    major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def _max_programs(device: torch.device) -> int:
+    """Programs that histories are split for, unless there are more even unsplit."""
+    return 4 * _multiprocessors(device)
 
 
 def workspace_elements(query: torch.Tensor, launch: Launch) -> int:
     """Float32 elements for the partial sums and log-sum-exps of the splits."""
     num_tokens, num_heads, size = query.shape
     return launch.splits * num_tokens * num_heads * (size + 1) if launch.splits > 1 else 0
+
+
+def max_workspace_elements(device: torch.device, group: int, size: int) -> int:
+    """The most :func:`workspace_elements` of any batch, for ``group`` query heads a KV head.
+
+    Every split has a program, and a program no more than its rows of partial sums.
+    """
+    rows = max(MAX_ROWS, triton.next_power_of_2(group))
+    return _max_programs(device) * rows * (size + 1)
 
 
 def attend_constants(
@@ -115,7 +129,7 @@ def attend_constants(
         "ROWS": launch.rows,
         "TILE": launch.tile,
         "DENSE_TILE": DENSE_TILE,
-        "SPLITS": launch.splits,
+        "SPLIT": launch.splits > 1,
         **vector_constants("K", fmt.key),
         **vector_constants("V", fmt.value),
         "WORDS": target >= 80 and fmt.dtype.itemsize == 2 and fmt.head_size % 32 == 0,

@@ -123,15 +123,15 @@ def sparse_attention(
             out,
             num_reqs,
             num_tokens,
+            launch.splits,
             *out.stride()[:2],
-            SPLITS=launch.splits,
             D=size,
             PADDED=triton.next_power_of_2(size),
             num_warps=1,
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "num_tokens", "ring"])
 def _attend(
     query,
     key,
@@ -177,7 +177,7 @@ def _attend(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     DENSE_TILE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     K_BITMAP_BYTES: tl.constexpr,
     V_BITMAP_BYTES: tl.constexpr,
     K_VALUE_BYTES: tl.constexpr,
@@ -250,7 +250,7 @@ def _attend(
     block_table += request * table_stride
     pages += head * page_head_stride
     num_tiles = tl.cdiv(context, TILE)
-    splits = tl.minimum(SPLITS, tl.cdiv(num_tiles, MIN_TILES))
+    splits = tl.minimum(tl.num_programs(2), tl.cdiv(num_tiles, MIN_TILES))
     share = tl.cdiv(num_tiles, tl.maximum(splits, 1))
     tile_start = split * share
     tile_end = tl.minimum(tile_start + share, num_tiles)
@@ -347,14 +347,9 @@ def _attend(
                     window_block_table + place // SLOTS_PER_BLOCK, mask=place < ring, other=0
                 ).to(tl.int64)
                 slot = place % SLOTS_PER_BLOCK
-                position = (
-                    tl.load(
-                        tags + block * tag_block_stride + slot * tag_slot_stride,
-                        mask=place < ring,
-                        other=0,
-                    )
-                    - 1
-                )
+                tag = tags + block * tag_block_stride + slot * tag_slot_stride
+                # Block 0 is nobody's, a negative one no block.
+                position = tl.load(tag, mask=block > 0, other=0) - 1
                 usable = (position >= context - WINDOW) & (position < context) & (position >= 0)
                 usable &= position % ring == place
                 source = (block * window_block_stride + slot * window_slot_stride)[:, None]
@@ -382,7 +377,7 @@ def _attend(
 
     place = real[:, None] & inside[None, :]
     result = weighted / total[:, None]
-    if SPLITS == 1:
+    if not SPLIT:
         target = token[:, None] * out_token_stride + query_head[:, None] * out_head_stride
         tl.store(out + target + element[None, :], result.to(out.dtype.element_ty), mask=place)
     else:
@@ -416,7 +411,7 @@ def _in_float16(q):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "num_tokens", "splits"])
 def _merge_splits(
     partial,
     lse,
@@ -424,9 +419,9 @@ def _merge_splits(
     out,
     num_reqs,
     num_tokens,
+    splits,
     out_token_stride,
     out_head_stride,
-    SPLITS: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
 ):
@@ -439,7 +434,7 @@ def _merge_splits(
         maximum = tl.full([1], float("-inf"), tl.float32)
         total = tl.zeros([1], tl.float32)
         merged = tl.zeros([PADDED], tl.float32)
-        for split in range(SPLITS):
+        for split in range(splits):
             place = (split * num_tokens + token) * num_heads + head
             part = tl.load(lse + place)
             raised = tl.maximum(maximum, part)

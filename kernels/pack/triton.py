@@ -64,7 +64,7 @@ def pack_constants(fmt: SparseFormat, block_size: int) -> dict[str, int]:
     }
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _pack(
     key,
     value,

@@ -47,7 +47,7 @@ def write_window(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "ring"])
 def _write_window(
     key,
     value,
