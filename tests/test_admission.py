@@ -103,6 +103,40 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
             {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"},
             r"encoder-decoder attention",
         ),
+        (
+            {
+                "architectures": ["DeepseekV2ForCausalLM"],
+                "model_type": "deepseek_v2",
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "hidden_size": 256,
+                "kv_lora_rank": 64,
+                "q_lora_rank": None,
+                "qk_nope_head_dim": 32,
+                "qk_rope_head_dim": 32,
+                "v_head_dim": 32,
+                "head_dim": 32,
+            },
+            r"has MLA, supported are decoder models",
+        ),
+        (
+            {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
+            r"has Mamba and linear-attention layers",
+        ),
+        (
+            {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
+            r"has Mamba and linear-attention layers",
+        ),
+        (
+            {
+                "architectures": ["GptOssForCausalLM"],
+                "model_type": "gpt_oss",
+                "num_hidden_layers": 2,
+                "layer_types": ["sliding_attention", "full_attention"],
+                "sliding_window": 128,
+            },
+            r"sliding-window layers",
+        ),
     ],
 )
 def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
