@@ -31,10 +31,12 @@ from vllm_sparsekv.kernels import api
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK_SIZE = 64
 WINDOW = 64
+# Sparsity of keys and values, codec of both; keys of sparsity 0 have no bitmap.
 FORMATS = {
     "50 % auto": (0.5, 0.5, "auto"),
     "50 % fp8": (0.5, 0.5, "fp8"),
     "30/50 % int4": (0.3, 0.5, "int4"),
+    "0/50 % int4": (0.0, 0.5, "int4"),
 }
 HEADS = {64: (3, 3), 128: (2, 4)}  # head_size: KV heads, query heads per KV head
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +157,59 @@ def test_nan_in_the_history_reaches_only_its_elements(isa, codec, length):
     assert expected[:length].isnan().any() and not expected[length:].isnan().any()
     assert not expected[:length, 2:].isnan().all()
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_every_fp8_value(isa):
+    """Uniform weights over tokens whose values are all numbers of fp8, subnormals included."""
+    spec = CaseSpec(
+        (Request(64, 1), Request(5, 1)),
+        head_size=256,
+        value_sparsity=0.0,
+        value_dtype="fp8",
+        window=0,
+        padding=0,
+    )
+    case = build_case(spec)
+    code = torch.arange(256, dtype=torch.uint8)
+    case.fmt.sections(case.pages).value_values[:] = code.masked_fill(code & 127 == 127, 0)
+    case.query.zero_()
+    expected = case.attend(REFERENCE)
+    assert expected.abs().max() > 400
+    torch.testing.assert_close(case.attend(NATIVE), expected, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_working_memory_does_not_grow_with_the_context(isa, threads):
+    """Peak growth of resident memory in a decode step on fresh threads, which hold no scratch."""
+    spec = CaseSpec((Request(1 << 16, 1),), key_dtype="int4", value_dtype="int4", padding=0)
+    case = build_case(spec, NATIVE)
+    dense_bytes = 2 * spec.requests[0].context * spec.num_kv_heads * spec.head_size * 4
+
+    def peak_growth(context: int) -> int:
+        case.seq_lens[0] = context + 1
+        grown = []
+
+        def decode() -> None:
+            torch.set_num_threads(threads)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident("VmRSS")
+            case.attend(NATIVE)
+            grown.append(resident("VmHWM") - before)
+
+        thread = threading.Thread(target=decode)
+        thread.start()
+        thread.join()
+        return grown[0]
+
+    peak_growth(1 << 12)
+    short, long = peak_growth(1 << 12), peak_growth(1 << 16)
+    assert long <= short + (256 << 10) < dense_bytes / 64
+
+
+def resident(name: str) -> int:
+    """A memory counter of this process, in bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) << 10
 
 
 def test_unequal_parts_of_one_long_request(isa, threads):
