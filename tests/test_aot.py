@@ -123,5 +123,5 @@ def test_window_and_merge_do_not_spill(capability):
     assert stack == 0
     sums = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16", "query_start_loc": "*i32"}
     sizes = {"D": 128, "PADDED": 128}
-    _, stack = sass.resources(attention._merge_splits, sums, sizes, capability, 1)
+    _, stack = sass.resources(attention.merge_splits, sums, sizes, capability, 1)
     assert stack == 0

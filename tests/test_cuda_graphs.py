@@ -46,7 +46,7 @@ class Launches:
 def launches(monkeypatch):
     seen = Launches()
     monkeypatch.setattr(attention, "_attend", seen)
-    monkeypatch.setattr(attention, "_merge_splits", seen)
+    monkeypatch.setattr(attention, "merge_splits", seen)
     monkeypatch.setattr(pack, "_pack", seen)
     monkeypatch.setattr(window, "_write_window", seen)
     monkeypatch.setattr(launch, "_multiprocessors", lambda device: H200)

@@ -22,6 +22,7 @@ from vllm_sparsekv.kernels.attention.launch import (
     choose_launch,
     workspace_elements,
 )
+from vllm_sparsekv.kernels.attention.softmax import fold, in_float16, merge_splits
 from vllm_sparsekv.kernels.attention.unpack import (
     INT4_STEP,
     INT4_ZERO,
@@ -116,7 +117,7 @@ def sparse_attention(
         **attend_options(launch, target),
     )
     if launch.splits > 1:
-        _merge_splits[num_tokens, num_heads](
+        merge_splits[num_tokens, num_heads](
             partial,
             lse,
             query_start_loc,
@@ -228,7 +229,7 @@ def _attend(
     k_query = q
     k_scale = tl.full([ROWS], 1.0, tl.float32) * scale
     if q.dtype != K_DTYPE:
-        k_query, row_scale = _in_float16(q)
+        k_query, row_scale = in_float16(q)
         k_scale *= row_scale
     if K_CODEC == INT4 and WORDS:
         query_sum = tl.sum(k_query.to(tl.float32), axis=1) * INT4_ZERO
@@ -359,7 +360,7 @@ def _attend(
                 v = tl.load(window + D + source, mask=mask, other=0)
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
                 scores = tl.where(usable[None, :], scores, float("-inf"))
-                maximum, total, weighted = _fold(maximum, total, weighted, scores, v)
+                maximum, total, weighted = fold(maximum, total, weighted, scores, v)
         key += start.to(tl.int64) * key_token_stride + head * key_head_stride
         value += start.to(tl.int64) * value_token_stride + head * value_head_stride
         for step_start in tl.range(0, tl.minimum(first + TOKENS, length), DENSE_TILE):
@@ -373,7 +374,7 @@ def _attend(
             )
             scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             scores = tl.where(step[None, :] <= local[:, None], scores, float("-inf"))
-            maximum, total, weighted = _fold(maximum, total, weighted, scores, v)
+            maximum, total, weighted = fold(maximum, total, weighted, scores, v)
 
     place = real[:, None] & inside[None, :]
     result = weighted / total[:, None]
@@ -385,66 +386,3 @@ def _attend(
         target = (split * num_tokens + token) * total_heads + query_head
         tl.store(partial + target[:, None] * D + element[None, :], result, mask=place)
         tl.store(lse + target, tl.where(total > 0, maximum + tl.log2(total), float("-inf")), real)
-
-
-@triton.jit
-def _fold(maximum, total, weighted, scores, v):
-    """Online softmax in base 2: add values v (n, PADDED), weighted by 2 ** scores (ROWS, n)."""
-    raised = tl.maximum(maximum, tl.max(scores, axis=1))
-    shift = tl.where(raised == float("-inf"), 0.0, raised)
-    weights = tl.exp2(scores - shift[:, None])
-    correction = tl.exp2(maximum - shift)
-    total = total * correction + tl.sum(weights, axis=1)
-    weighted = weighted * correction[:, None]
-    weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
-    return raised, total, weighted
-
-
-@triton.jit
-def _in_float16(q):
-    """q (ROWS, PADDED) as float16 times one power of two a row, (ROWS,) float32."""
-    largest = tl.max(tl.abs(q.to(tl.float32)), axis=1).to(tl.int32, bitcast=True)
-    exponent = tl.minimum(tl.maximum(largest & 0x7F800000, 0x00800000), 0x7E800000)
-    inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
-    return (q.to(tl.float32) * inverse[:, None]).to(tl.float16), exponent.to(
-        tl.float32, bitcast=True
-    )
-
-
-@triton.jit(do_not_specialize=["num_reqs", "num_tokens", "splits"])
-def _merge_splits(
-    partial,
-    lse,
-    query_start_loc,
-    out,
-    num_reqs,
-    num_tokens,
-    splits,
-    out_token_stride,
-    out_head_stride,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-):
-    """Merge one token's query head; a split weighs 2 ** lse."""
-    token = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    if token < tl.load(query_start_loc + num_reqs):
-        num_heads = tl.num_programs(1)
-        element = tl.arange(0, PADDED)
-        maximum = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], tl.float32)
-        merged = tl.zeros([PADDED], tl.float32)
-        for split in range(splits):
-            place = (split * num_tokens + token) * num_heads + head
-            part = tl.load(lse + place)
-            raised = tl.maximum(maximum, part)
-            weight = tl.where(part == float("-inf"), 0.0, tl.exp2(part - raised))
-            correction = tl.where(maximum == float("-inf"), 0.0, tl.exp2(maximum - raised))
-            mask = (element < D) & (weight > 0)
-            merged = merged * correction + weight * tl.load(
-                partial + place * D + element, mask=mask, other=0
-            )
-            total = total * correction + weight
-            maximum = raised
-        target = out + token * out_token_stride + head * out_head_stride
-        tl.store(target + element, (merged / total).to(out.dtype.element_ty), mask=element < D)
