@@ -24,7 +24,7 @@ help:
 	@echo "make bench-kernels  measure the CPU kernels against vLLM's dense CPU attention"
 	@echo "make bench-accuracy  measure what every cache costs in quality, on held-out texts"
 	@echo "make test-gpu      test the Triton kernels on the GPU; needs torch, triton, pytest"
-	@echo "make bench-gpu     measure the kernels on the GPU; needs torch and triton"
+	@echo "make bench-gpu     measure on the GPU; needs torch and triton, more with vLLM"
 	@echo "make clean         remove build outputs, keep .venv and .cache"
 	@echo
 	@echo "Variables: PYTHON (3.11 or newer), TORCH_INDEX (URL of PyTorch's index of CPU wheels), MODEL"
@@ -68,7 +68,7 @@ bench-kernels: $(SETUP)
 bench-accuracy: $(SETUP) model
 	$(BIN)/python benchmarks/accuracy.py perplexity --model $(MODEL)
 
-# The GPU targets use the torch and triton of $(PYTHON), not .venv, and never vLLM.
+# The GPU targets use the torch and triton of $(PYTHON), not .venv; vLLM only where it is installed.
 GPU_PATH := build/gpu
 GPU_ENV = PYTHONPATH=$(GPU_PATH):tests$${PYTHONPATH:+:$$PYTHONPATH}
 # For example: make test-gpu SANITIZER="compute-sanitizer --error-exitcode 1" PYTEST_ARGS="-k single"
@@ -88,7 +88,7 @@ test-gpu: $(GPU_PATH)
 		-q tests/gpu $(PYTEST_ARGS)
 
 bench-gpu: $(GPU_PATH)
-	$(GPU_ENV) $(PYTHON) benchmarks/gpu.py $(BENCH_ARGS)
+	$(GPU_ENV) $(PYTHON) benchmarks/gpu $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info requirements/vllm-metadata/build requirements/vllm-metadata/*.egg-info
