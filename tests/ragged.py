@@ -108,3 +108,17 @@ RAGGED_MATRIX: tuple[CaseSpec, ...] = (
     *EMPTY,
 )
 """Every pair of values of :data:`AXES` in at least one case, and empty batches; use ``ids=str``."""
+
+INT3_MATRIX: tuple[CaseSpec, ...] = tuple(
+    _spec(seed, chosen)
+    for seed, chosen in enumerate(
+        _pairwise(
+            AXES
+            | {
+                "codecs": (("int3", "int3"), ("int4", "int3"), ("int3", "auto")),
+                "sparsities": ((0.0, 0.0),),
+            }
+        )
+    )
+)
+"""The same for int3, which stores whole vectors only."""

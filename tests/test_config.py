@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,9 @@ from vllm_sparsekv.config import PRESETS, SparseKVConfig
 SPARSITY = "must be a number s with 0 <= s < 1"
 DTYPE = "must be one of ['auto', 'fp8', 'int3', 'int4']"
 WINDOW = "must be an integer >= 0 (tokens)"
-SETTINGS = "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window']"
+SETTINGS = (
+    "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window', 'basis']"
+)
 
 
 def test_defaults():
@@ -29,14 +32,16 @@ def test_every_field_is_settable():
         "key_dtype": "int4",
         "value_dtype": "fp8",
         "window": 0,
+        "basis": "b.safetensors",
     }
-    assert SparseKVConfig.from_dict(settings) == SparseKVConfig(0, 0.75, "int4", "fp8", 0)
+    expected = SparseKVConfig(0, 0.75, "int4", "fp8", 0, "b.safetensors")
+    assert SparseKVConfig.from_dict(settings) == expected
 
 
 def test_preset_is_the_start_and_single_fields_win():
-    settings = {"value_dtype": "auto", "preset": "capacity", "window": 7, "key_sparsity": 0.125}
+    settings = {"value_dtype": "auto", "preset": "quality", "window": 7, "key_sparsity": 0.125}
     expected = replace(
-        SparseKVConfig(**PRESETS["capacity"]), value_dtype="auto", window=7, key_sparsity=0.125
+        SparseKVConfig(**PRESETS["quality"]), value_dtype="auto", window=7, key_sparsity=0.125
     )
     assert SparseKVConfig.from_dict(settings) == expected
     assert expected != SparseKVConfig(**PRESETS["capacity"])
@@ -66,12 +71,28 @@ def test_bad_dtype(field, value):
 @pytest.mark.parametrize("kind", ["key", "value"])
 def test_int3_takes_whole_vectors_only(kind):
     message = refusal({f"{kind}_dtype": "int3", f"{kind}_sparsity": 0.5})
-    assert message == f"sparsekv.{kind}_sparsity=0.5: must be 0 with {kind}_dtype='int3'"
+    assert message == (
+        f"sparsekv.{kind}_sparsity=0.5: must be 0 with {kind}_dtype='int3'; "
+        "int4, fp8 and auto can be pruned"
+    )
 
 
 @pytest.mark.parametrize("value", [-1, 64.0, "64", None, True, math.nan, [64]])
 def test_bad_window(value):
     assert refusal({"window": value}) == f"sparsekv.window={value!r}: {WINDOW}"
+
+
+@pytest.mark.parametrize("value", [3, True, ["b"], Path("b")])
+def test_bad_basis(value):
+    assert refusal({"basis": value}) == f"sparsekv.basis={value!r}: must be None or a path (string)"
+
+
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_only_integer_keys_change_basis(dtype):
+    message = refusal({"basis": "b", "key_dtype": dtype, "value_dtype": "int4"})
+    assert message == (
+        f"sparsekv.basis='b': must be None with key_dtype={dtype!r}, only integer keys change basis"
+    )
 
 
 @pytest.mark.parametrize("value", ["fast", "", 1, ["capacity"], {}])

@@ -10,7 +10,7 @@ from helpers import CaseSpec, Request, assert_same_bytes, build_case
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import pruned
-from ragged import RAGGED_MATRIX
+from ragged import INT3_MATRIX, RAGGED_MATRIX
 
 from vllm_sparsekv.codecs import CODECS, AutoCodec
 from vllm_sparsekv.config import SparseKVConfig
@@ -139,7 +139,7 @@ def test_no_vectors(shape, codec):
     assert unpack_vectors(*packed, fmt).shape == shape
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX, ids=str)
 def test_pages_hold_the_history_and_nothing_else(spec):
     """Every packed token unpacks to its pruned vectors; every other byte is still poison."""
     case = build_case(spec)
