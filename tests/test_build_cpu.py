@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,7 +73,7 @@ def test_without_a_compiler_native_kernels_on_request_raise(no_compiler, monkeyp
 def test_a_failing_compiler_is_quoted(no_compiler, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(build.BuildError, match="false .*failed"):
-        build.build("portable")
+        build.build()
 
 
 def test_unsupported_instruction_set_is_refused():
@@ -78,21 +81,52 @@ def test_unsupported_instruction_set_is_refused():
         ops.use_isa("sse9")
 
 
-def test_processes_build_once(tmp_path):
-    """Three processes start together: one library, no leftovers, all can load it."""
-    code = "from vllm_sparsekv.kernels.cpu import build; build.library('portable')"
-    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+@pytest.fixture(scope="module")
+def built_together(tmp_path_factory):
+    """The cache folder after three processes that started together loaded the library."""
+    cache = tmp_path_factory.mktemp("cache")
+    code = "from vllm_sparsekv.kernels.cpu import build; build.library()"
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
-    left = sorted(path.suffix for path in (tmp_path / "vllm_sparsekv").iterdir())
-    assert left == [".lock", ".so"]
+    return cache / "vllm_sparsekv"
 
 
-@pytest.mark.parametrize("isa", build.ISA_FLAGS)
-def test_every_instruction_set_compiles(isa, tmp_path, monkeypatch):
+def test_processes_build_once(built_together):
+    assert sorted(path.suffix for path in built_together.iterdir()) == [".lock", ".so"]
+
+
+def test_one_library_holds_every_instruction_set(built_together):
     """Also those this machine cannot run."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build.build(isa).stat().st_size > 10_000
+    (path,) = built_together.glob("*.so")
+    library = ctypes.CDLL(str(path))
+    for kernel, isa in itertools.product(
+        ("attention", "pack", "write_window"), build.compiled_isas()
+    ):
+        assert hasattr(library, f"sparsekv_{kernel}_{isa}")
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+@pytest.mark.skipif("avx2" not in build.compiled_isas(), reason="one instruction set only")
+def test_instructions_stay_in_their_functions(built_together):
+    """What an older processor cannot run lies in functions of the newer instruction sets alone."""
+    (path,) = built_together.glob("*.so")
+    command = ["objdump", "-d", "--no-show-raw-insn", path]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {isa: 0 for isa in build.ISA_FLAGS}
+    isa = "portable"
+    for line in listing.splitlines():
+        if function := re.match(r"[0-9a-f]+ <(.*)>:$", line):
+            isa = next((name for name in ("avx512", "avx2") if name in function[1]), "portable")
+        elif re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]", line):
+            found["avx512"] += 1
+            assert isa == "avx512", line
+        elif re.search(
+            r"%ymm|\tv[a-z0-9]+ |\t(popcnt|lzcnt|tzcnt|pdep|pext|shlx|sarx|shrx) ", line
+        ):
+            found["avx2"] += 1
+            assert isa != "portable", line
+    assert found["avx512"] > 1000 and found["avx2"] > 1000
 
 
 @pytest.mark.parametrize("isa", build.ISA_FLAGS)
@@ -112,7 +146,7 @@ def test_sanitizers_find_nothing(isa, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     run = subprocess.run([driver], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "54 batches\n"
+    assert run.stdout == "72 batches\n"
 
 
 SPEC = CaseSpec((Request(70, 2),), padding=0)

@@ -6,7 +6,7 @@
 #include "../cpu/scratch.h"
 #include "matrix.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 class Batch {
   public:
@@ -44,7 +44,8 @@ class Batch {
         const int bytes = layout_.value_bytes(), bitmap_bytes = head_size_ / 8;
         const uint8_t* source = section.values + int64_t(first) * bytes;
         const uint8_t* bitmap = section.bitmap + first * bitmap_bytes;
-        if (layout_.storage == INT4) add_scales(section.scales + first * scale_bytes(INT4), count, n);
+        if (is_integer(layout_.storage))
+            add_scales(section.scales + first * scale_bytes(layout_.storage), count, n);
         if (in_place && !is_spread()) {
             place_ = {source, bitmap};
             return;
@@ -94,7 +95,7 @@ class Batch {
     // A NaN step spoils the whole vector, so it needs care only where some elements are pruned.
     void add_scales(const uint8_t* scales, int count, int n) {
         const float unit = whole_ ? 1.f : INT4_UNIT / 8;
-        has_nan_ |= decode_scales(scales, count, unit, units_ + n, zeros_ + n) && !whole_;
+        has_nan_ |= decode_scales(layout_.storage, scales, count, unit, units_ + n, zeros_ + n) && !whole_;
     }
 
 #if defined(__AVX2__)
@@ -180,4 +181,4 @@ class Batch {
     bool has_nan_ = false, whole_ = false;
 };
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -7,7 +7,7 @@
 
 #include "rows.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int CODES = 64;
 constexpr int NIBBLES = CODES / LANES;
@@ -92,4 +92,4 @@ inline RowKernel code_kernel(int rows) {
     return TABLE[rows - 1];
 }
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -9,7 +9,7 @@
 #include "plan.h"
 #include "softmax.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 constexpr float LOG2_E = 1.44269504088896341f;
 constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense tile pays
@@ -266,10 +266,7 @@ class Worker {
     int step_begin_ = 0;  // column of the batch where the step's tokens begin, negative if before it
 };
 
-}  // namespace sparsekv
-
-SPARSEKV_EXPORT void sparsekv_attention(const sparsekv::AttentionCall* call) {
-    using namespace sparsekv;
+SPARSEKV_EXPORT(attention)(const AttentionCall* call) {
     thread_local Scratch request_memory, partial_memory;
     auto* requests = static_cast<Request*>(request_memory.reserve(call->num_reqs * sizeof(Request)));
     const Plan plan(*call, requests);
@@ -287,3 +284,5 @@ SPARSEKV_EXPORT void sparsekv_attention(const sparsekv::AttentionCall* call) {
         }
     }
 }
+
+}  // namespace sparsekv::SPARSEKV_ISA

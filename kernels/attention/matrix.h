@@ -4,7 +4,7 @@
 
 #include "rows.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 // c (ROWS x WIDTH * LANES) [+]= a (ROWS x depth) b (depth x WIDTH * LANES), row strides given.
 template <int ROWS, int WIDTH>
@@ -56,7 +56,7 @@ template <int STORAGE>
 void expand_rows(const Vectors& x, int n, int head_size, float* out) {
     for (int i = 0; i < n; ++i) {
         Walk<STORAGE> walk(x.values + i * x.stride, x.bitmap + i * (head_size / 8));
-        const float zero = STORAGE == INT4 + WHOLE ? x.zeros[i] : 0.f;
+        const float zero = is_packed(STORAGE) ? x.zeros[i] : 0.f;
         for (int d = 0; d < head_size; d += LANES) store(out + i * head_size + d, walk.next() - zero);
     }
 }
@@ -69,6 +69,7 @@ inline void expand_rows(int storage, const Vectors& x, int n, int head_size, flo
         case INT4: return expand_rows<INT4>(x, n, head_size, out);
         case BFLOAT16 + WHOLE: return expand_rows<BFLOAT16 + WHOLE>(x, n, head_size, out);
         case FLOAT16 + WHOLE: return expand_rows<FLOAT16 + WHOLE>(x, n, head_size, out);
+        case INT3 + WHOLE: return expand_rows<INT3 + WHOLE>(x, n, head_size, out);
         default: return expand_rows<INT4 + WHOLE>(x, n, head_size, out);
     }
 }
@@ -104,4 +105,4 @@ inline void transpose_rows(const float* rows, int n, int head_size, float* out) 
             transpose8(rows + i * head_size + d, head_size, out + d * BATCH + i, BATCH);
 }
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -5,7 +5,7 @@
 
 #include "../cpu/layout.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int TILE_ROWS = 96;  // query rows of one unit, where the group allows
 constexpr int MIN_PART = 256;  // tokens of history worth a unit of their own
@@ -101,4 +101,4 @@ struct Plan {
     }
 };
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

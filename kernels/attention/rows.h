@@ -4,16 +4,18 @@
 
 #include "../cpu/expand.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int BATCH = 64;     // keys processed together
 constexpr int ROW_BLOCK = 4;  // rows the functions of this file take at most
 constexpr int OVERREAD = 64;  // bytes that expand() may read past the last survivor
 
 // Beside the numbers of Storage: float32 rows without a bitmap, and what is added to the storage of
-// vectors that keep all their elements. Kernels know no FP8 (batch.h); INT4 + WHOLE is packed codes.
+// vectors that keep all their elements. Kernels know no FP8 (batch.h) and no INT3
+// but INT3 + WHOLE; whole integer vectors are packed codes.
 constexpr int DENSE = -1;
 constexpr int WHOLE = 4;
+constexpr bool is_packed(int storage) { return storage >= INT4 + WHOLE; }
 
 // A batch of keys or values in working memory. All BATCH entries are readable, whatever they hold,
 // and so are OVERREAD bytes past a vector that takes all of its elements.
@@ -22,7 +24,7 @@ struct Vectors {
     const uint8_t* bitmap;    // head_size / 8 bytes each, unless DENSE or WHOLE
     int64_t stride;
     const float* units;  // what each counts in, BATCH of them
-    const float* zeros;  // the code of value 0 of each, BATCH of them, for INT4 + WHOLE
+    const float* zeros;  // the code of value 0 of each, BATCH of them, where is_packed()
 };
 
 // Memory that is read next: each kernel asks for a piece now and then, so that the loads spread over
@@ -51,9 +53,10 @@ struct Walk {
             const F x = load(reinterpret_cast<const float*>(values));
             values += sizeof(F);
             return x;
-        } else if constexpr (STORAGE == INT4 + WHOLE) {
-            const F x = spread_codes(values);
-            values += LANES / 2;
+        } else if constexpr (is_packed(STORAGE)) {
+            constexpr int BITS = STORAGE == INT4 + WHOLE ? 4 : 3;
+            const F x = spread_codes<BITS>(values);
+            values += LANES * BITS / 8;
             return x;
         } else if constexpr (STORAGE > INT4) {
             const F x = expand<STORAGE - WHOLE>(values, static_cast<Bits>(-1));
@@ -90,7 +93,10 @@ void score_rows(const float* query, const Vectors& key, int n, int head_size, fl
 #pragma GCC unroll 2
             for (int d = 0; d < head_size; d += LANES, q += LANES) {
                 F x[TOGETHER];
-                for (int j = 0; j < TOGETHER; ++j) x[j] = walk[j].next();
+                for (int j = 0; j < TOGETHER; ++j) {
+                    x[j] = walk[j].next();
+                    if constexpr (is_packed(STORAGE)) x[j] -= key.zeros[i + first + j];
+                }
                 for (int row = 0; row < ROWS; ++row) {
                     const F y = load(q + row * head_size);
                     for (int j = 0; j < TOGETHER; ++j) add_product(sums[j][row], x[j], y);
@@ -118,7 +124,7 @@ inline void weigh_columns(
         for (int row = 0; row < ROWS; ++row) weight[row] = broadcast(weights[row * BATCH + i]);
         for (int w = 0; w < WIDTH; ++w) {
             F x = walk.next();
-            if constexpr (STORAGE == INT4 + WHOLE) x -= value.zeros[i];
+            if constexpr (is_packed(STORAGE)) x -= value.zeros[i];
             for (int row = 0; row < ROWS; ++row) add_product(sums[row][w], x, weight[row]);
         }
         begin[i] = walk.values;
@@ -155,7 +161,8 @@ using RowKernel = void (*)(const float*, const Vectors&, int, int, float*, Ahead
         SPARSEKV_ROWS(function, DENSE), SPARSEKV_ROWS(function, FLOAT32),                              \
             SPARSEKV_ROWS(function, BFLOAT16), SPARSEKV_ROWS(function, FLOAT16),                       \
             {}, SPARSEKV_ROWS(function, INT4), SPARSEKV_ROWS(function, BFLOAT16 + WHOLE),              \
-            SPARSEKV_ROWS(function, FLOAT16 + WHOLE), {}, SPARSEKV_ROWS(function, INT4 + WHOLE)        \
+            SPARSEKV_ROWS(function, FLOAT16 + WHOLE), {}, SPARSEKV_ROWS(function, INT4 + WHOLE),       \
+            SPARSEKV_ROWS(function, INT3 + WHOLE)                                                      \
     }
 inline RowKernel score_kernel(int storage, int rows) {
     static constexpr RowKernel TABLE[][ROW_BLOCK] = SPARSEKV_STORAGES(score_rows);
@@ -168,4 +175,4 @@ inline RowKernel weigh_kernel(int storage, int rows) {
 #undef SPARSEKV_STORAGES
 #undef SPARSEKV_ROWS
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -5,7 +5,7 @@
 
 #include "rows.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 // Running maximum and sum of each row and its weighted sum of values so far.
 struct Accumulator {
@@ -74,4 +74,4 @@ struct Accumulator {
     }
 };
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

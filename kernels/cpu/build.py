@@ -1,8 +1,9 @@
 """Compile the native kernels on first use and keep the result.
 
-One library per instruction set, compiled where it runs, so nothing is chosen ahead of time and no
-binary holds code its machine cannot run. The cache key covers the sources, the compiler, its flags
-and torch (whose OpenMP runtime the library shares).
+One library holds the kernels for every instruction set of the machine's architecture, compiled from
+the same sources; its entry points are named ``sparsekv_<kernel>_<instruction set>`` and ``ops``
+chooses among them at run time. The cache key covers the sources, the compiler, its flags and torch
+(whose OpenMP runtime the library shares).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import platform
@@ -62,35 +64,37 @@ def _cpu_flags() -> set[str]:
 
 
 @cache
-def library(isa: str) -> ctypes.CDLL:
-    """The loaded kernels for one instruction set, compiled if need be.
-
-    Args:
-        isa: a key of ``ISA_FLAGS``.
+def library() -> ctypes.CDLL:
+    """The loaded kernels, compiled if need be.
 
     Raises:
         BuildError: there is no compiler or it failed.
     """
-    return ctypes.CDLL(str(build(isa)))
+    return ctypes.CDLL(str(build()))
 
 
-def build(isa: str) -> Path:
-    """Compile one instruction set, or find it in the cache; safe against other processes.
+def compiled_isas() -> list[str]:
+    """The instruction sets the library holds, best first."""
+    return list(ISA_FLAGS) if platform.machine() == "x86_64" else ["portable"]
+
+
+def build() -> Path:
+    """Compile the library, or find it in the cache; safe against other processes.
 
     Raises:
         BuildError: there is no compiler or it failed.
     """
     compiler = _compiler()
-    target = cache_dir() / f"{isa}-{_key(compiler, isa)}.so"
+    target = cache_dir() / f"kernels-{_key(compiler)}.so"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            logger.info("sparsekv: compiling the CPU kernels for %s, once, into %s", isa, target)
+            logger.info("sparsekv: compiling the CPU kernels, once, into %s", target)
             with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-                _compile(compiler, isa, Path(folder)).replace(target)
+                _compile(compiler, Path(folder)).replace(target)
     return target
 
 
@@ -100,15 +104,15 @@ def cache_dir() -> Path:
     return Path(base) / "vllm_sparsekv"
 
 
-def _compile(compiler: str, isa: str, folder: Path) -> Path:
-    flags = (*FLAGS, *ISA_FLAGS[isa])
-    objects = [folder / f"{i}.o" for i in range(len(SOURCES))]
+def _compile(compiler: str, folder: Path) -> Path:
+    units = list(itertools.product(SOURCES, compiled_isas()))
+    objects = [str(folder / f"{i}.o") for i in range(len(units))]
     _run_all(
-        [compiler, *flags, "-c", str(KERNELS / source), "-o", str(out)]
-        for source, out in zip(SOURCES, objects, strict=True)
+        [compiler, *FLAGS, *ISA_FLAGS[isa], "-c", str(KERNELS / source), "-o", out]
+        for (source, isa), out in zip(units, objects, strict=True)
     )
     out = folder / "kernels.so"
-    _run_all([[compiler, *flags, "-shared", *map(str, objects), "-o", str(out)]])
+    _run_all([[compiler, *FLAGS, "-shared", *objects, "-o", str(out)]])
     return out
 
 
@@ -128,9 +132,9 @@ def _compiler() -> str:
     raise BuildError(f"no C++ compiler found (looked for {', '.join(names)}; set CXX)")
 
 
-def _key(compiler: str, isa: str) -> str:
+def _key(compiler: str) -> str:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = [version, *FLAGS, *ISA_FLAGS[isa], platform.machine(), torch.__version__]
+    parts = [version, *FLAGS, str(ISA_FLAGS), platform.machine(), torch.__version__]
     for path in sorted([*KERNELS.rglob("*.cpp"), *KERNELS.rglob("*.h")]):
         parts += [path.name, path.read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

@@ -3,16 +3,17 @@
 
 #include "simd.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 // The numbers are those of STORAGE in kernels/cpu/ops.py.
-enum Storage : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FP8 = 3, INT4 = 4 };
+enum Storage : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FP8 = 3, INT4 = 4, INT3 = 5 };
 
 inline int storage_bits(int storage) {
-    constexpr int BITS[] = {32, 16, 16, 8, 4};
+    constexpr int BITS[] = {32, 16, 16, 8, 4, 3};
     return BITS[storage];
 }
-inline int scale_bytes(int storage) { return storage == INT4 ? 2 : 0; }
+inline bool is_integer(int storage) { return storage >= INT4; }
+inline int scale_bytes(int storage) { return is_integer(storage) ? 2 : 0; }
 
 template <class To, class From>
 inline To bit_cast(From x) {
@@ -96,41 +97,43 @@ inline uint8_t float_to_fp8(float x) {
     return static_cast<uint8_t>(out | bits >> 31 << 7);
 }
 
-// The scale of an int4 vector (codecs.Int4Codec): value = step * (code - zero / 8). As integers in
-// eighths of a step, 8 * code - zero, survivors fit a signed byte.
-struct Int4Scale {
+// The scale of an integer vector (codecs.IntCodec): value = step * (code - zero * 2^(bits - 7)). As
+// integers in eighths of a step, 8 * code - zero, survivors of int4 fit a signed byte.
+struct IntScale {
     float step;  // NaN for a vector that holds one
     int zero;
 
-    static Int4Scale from_bits(uint16_t bits) {
+    static IntScale from_bits(uint16_t bits) {
         return {float16_to_float(bits >> 1 & 0x7fc0), bits & 127};
     }
-    static Int4Scale read(const uint8_t* scale) {
+    static IntScale read(const uint8_t* scale) {
         uint16_t bits;
         memcpy(&bits, scale, sizeof bits);
         return from_bits(bits);
     }
 };
 
-// The scales of `count` int4 vectors: steps times `unit`, and the codes of value 0. Returns whether
-// any step is NaN.
-inline bool decode_scales(const uint8_t* scales, int count, float unit, float* steps, float* zeros) {
+// The scales of `count` integer vectors: steps times `unit`, and the codes of value 0. Returns
+// whether any step is NaN.
+inline bool decode_scales(
+    int storage, const uint8_t* scales, int count, float unit, float* steps, float* zeros) {
+    const float zero_unit = storage == INT4 ? 0x1p-3f : 0x1p-4f;
     bool has_nan = false;
     int i = 0;
 #if defined(__AVX2__)
     for (; i + 8 <= count; i += 8) {
         const __m128i bits = _mm_loadu_si128((const __m128i*)(scales + 2 * i));
         const __m256 step = _mm256_cvtph_ps(_mm_and_si128(_mm_srli_epi16(bits, 1), _mm_set1_epi16(0x7fc0)));
-        const __m256i eighths = _mm256_cvtepu16_epi32(_mm_and_si128(bits, _mm_set1_epi16(127)));
+        const __m256i zero = _mm256_cvtepu16_epi32(_mm_and_si128(bits, _mm_set1_epi16(127)));
         _mm256_storeu_ps(steps + i, _mm256_mul_ps(step, _mm256_set1_ps(unit)));
-        _mm256_storeu_ps(zeros + i, _mm256_mul_ps(_mm256_cvtepi32_ps(eighths), _mm256_set1_ps(0.125f)));
+        _mm256_storeu_ps(zeros + i, _mm256_mul_ps(_mm256_cvtepi32_ps(zero), _mm256_set1_ps(zero_unit)));
         has_nan |= _mm256_movemask_ps(_mm256_cmp_ps(step, step, _CMP_UNORD_Q)) != 0;
     }
 #endif
     for (; i < count; ++i) {
-        const Int4Scale scale = Int4Scale::read(scales + 2 * i);
+        const IntScale scale = IntScale::read(scales + 2 * i);
         steps[i] = scale.step * unit;
-        zeros[i] = scale.zero * 0.125f;
+        zeros[i] = scale.zero * zero_unit;
         has_nan |= scale.step != scale.step;
     }
     return has_nan;
@@ -167,4 +170,4 @@ inline void encode_row(int storage, const float* x, int size, uint8_t* out) {
     }
 }
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

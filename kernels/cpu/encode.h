@@ -3,9 +3,13 @@
 
 #include "codec.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
-inline void encode_int4(const float* x, int survivors, uint8_t* values, uint8_t* scales) {
+// `survivors` is a multiple of the codes in as few whole bytes as can be.
+template <int BITS>
+void encode_integers(const float* x, int survivors, uint8_t* values, uint8_t* scales) {
+    constexpr float STEPS = BITS == 4 ? 15.f : 8.5f, LARGEST = (1 << BITS) - 1, UNITS = 1 << (7 - BITS);
+    constexpr int BYTES = BITS == 4 ? 1 : BITS, TOGETHER = 8 * BYTES / BITS;
     constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
     float low = 0, high = 0;
     for (int i = 0; i < survivors; ++i) {
@@ -13,34 +17,35 @@ inline void encode_int4(const float* x, int survivors, uint8_t* values, uint8_t*
         low = x[i] < low || x[i] != x[i] ? x[i] : low;
         high = x[i] > high || x[i] != x[i] ? x[i] : high;
     }
-    uint32_t step_bits = (float_to_float16((high - low) / 15) + 0x20u) & 0x7fc0;
+    uint32_t step_bits = (float_to_float16((high - low) / STEPS) + 0x20u) & 0x7fc0;
     if (step_bits >= 0x7c00) step_bits = 0x7fc0;
-    const float step = Int4Scale::from_bits(static_cast<uint16_t>(step_bits << 1)).step;
+    const float step = IntScale::from_bits(static_cast<uint16_t>(step_bits << 1)).step;
 
-    float zero = 60 - 4 * (low + high) / step;
+    float zero = UNITS * LARGEST / 2 - UNITS / 2 * (low + high) / step;
     if (!(zero - zero == 0)) zero = 0;  // Inf or NaN
     zero = zero > 0 ? zero : 0;
     zero = (zero < 127 ? zero : 127) + ROUND - ROUND;
     const uint16_t bits = static_cast<uint16_t>(step_bits << 1 | static_cast<uint32_t>(zero));
     memcpy(scales, &bits, sizeof bits);
 
-    for (int i = 0; i < survivors; i += 2) {
-        uint8_t code[2];
-        for (int j = 0; j < 2; ++j) {
-            float y = x[i + j] / step + zero / 8;
+    for (int i = 0; i < survivors; i += TOGETHER, values += BYTES) {
+        uint32_t codes = 0;
+        for (int j = 0; j < TOGETHER; ++j) {
+            float y = x[i + j] / step + zero / UNITS;
             y = y > 0 ? y : 0;  // NaN too
-            y = (y < 15 ? y : 15) + ROUND - ROUND;
-            code[j] = static_cast<uint8_t>(y);
+            y = (y < LARGEST ? y : LARGEST) + ROUND - ROUND;
+            codes |= static_cast<uint32_t>(y) << BITS * j;
         }
-        values[i / 2] = static_cast<uint8_t>(code[0] | code[1] << 4);
+        memcpy(values, &codes, BYTES);
     }
 }
 
 // `survivors` values of one vector.
 inline void encode(int storage, const float* x, int survivors, uint8_t* values, uint8_t* scales) {
-    if (storage == INT4) return encode_int4(x, survivors, values, scales);
+    if (storage == INT4) return encode_integers<4>(x, survivors, values, scales);
+    if (storage == INT3) return encode_integers<3>(x, survivors, values, scales);
     if (storage != FP8) return encode_row(storage, x, survivors, values);
     for (int i = 0; i < survivors; ++i) values[i] = float_to_fp8(x[i]);
 }
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

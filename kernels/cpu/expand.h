@@ -1,13 +1,13 @@
 // From a bitmap and packed survivors to lanes of float32.
 //
 // In working memory survivors keep the form of their page, except that fp8 becomes bfloat16 and int4
-// takes a signed byte each (Int4Scale). AVX2 has no expand instruction; tables indexed by a bitmap byte hold the byte shuffle that
+// takes a signed byte each (IntScale). AVX2 has no expand instruction; tables indexed by a bitmap byte hold the byte shuffle that
 // moves the next survivors to their lanes, which often converts them at the same time.
 #pragma once
 
 #include "codec.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int survivor_bytes(int storage) { return storage == FLOAT32 ? 4 : storage == INT4 ? 1 : 2; }
 
@@ -111,8 +111,26 @@ inline F expand(const uint8_t* p, uint64_t bits) {
 #endif
 }
 
-// The next LANES int4 codes at p, two a byte.
-inline F spread_codes(const uint8_t* p) {
+// The next LANES codes at p, a stream of BITS bits each. May read 2 bytes more.
+template <int BITS>
+inline F spread_codes(const uint8_t* p);
+
+template <>
+inline F spread_codes<3>(const uint8_t* p) {
+    int32_t codes[LANES / 8];
+    for (int i = 0; i < LANES / 8; ++i) memcpy(codes + i, p + 3 * i, sizeof(int32_t));
+#if defined(__AVX512F__)
+    const I words = (I)_mm512_inserti32x8(_mm512_set1_epi32(codes[0]), _mm256_set1_epi32(codes[1]), 1);
+    constexpr I SHIFT = {0, 3, 6, 9, 12, 15, 18, 21, 0, 3, 6, 9, 12, 15, 18, 21};
+#else
+    const I words = I{} + codes[0];
+    constexpr I SHIFT = {0, 3, 6, 9, 12, 15, 18, 21};
+#endif
+    return __builtin_convertvector(words >> SHIFT & 7, F);
+}
+
+template <>
+inline F spread_codes<4>(const uint8_t* p) {
 #if defined(__AVX512F__)
     const __m128i pairs = _mm_loadl_epi64((const __m128i*)p);
     const I bytes = (I)_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(pairs, pairs));
@@ -126,4 +144,4 @@ inline F spread_codes(const uint8_t* p) {
     return __builtin_convertvector(bytes >> SHIFT & 15, F);
 }
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -3,9 +3,13 @@
 
 #include "codec.h"
 
-#define SPARSEKV_EXPORT extern "C" __attribute__((visibility("default")))
+// The binary's entry points are named sparsekv_<kernel>_<instruction set>.
+#define SPARSEKV_JOIN(name, isa) sparsekv_##name##_##isa
+#define SPARSEKV_ENTRY(name, isa) SPARSEKV_JOIN(name, isa)
+#define SPARSEKV_KERNEL(name) SPARSEKV_ENTRY(name, SPARSEKV_ISA)
+#define SPARSEKV_EXPORT(name) extern "C" __attribute__((visibility("default"))) void SPARSEKV_KERNEL(name)
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 // Mirrors ops.VectorLayout.
 struct VectorLayout {
@@ -52,4 +56,4 @@ struct Tile {
     }
 };
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -19,7 +19,7 @@ from vllm_sparsekv.kernels.cpu.build import library, supported_isas
 
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "fp8": 3, "int4": 4}
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "fp8": 3, "int4": 4, "int3": 5}
 """How elements are stored: the model dtype or a codec's name; mirrored in ``codec.h``."""
 
 MAX_HEAD_SIZE = 1024
@@ -31,7 +31,7 @@ def use_isa(isa: str | None) -> None:
     """Run on this instruction set (``build.ISA_FLAGS``), None for the best one of the machine.
 
     Raises:
-        BuildError: the library cannot be built.
+        BuildError: the kernels cannot be built.
         ValueError: this machine does not run it.
     """
     global _isa
@@ -39,7 +39,7 @@ def use_isa(isa: str | None) -> None:
     if isa is not None and isa not in available:
         raise ValueError(f"isa={isa!r}: must be one of {available} on this machine")
     _isa = isa or available[0]
-    library(_isa)
+    library()
     _info_once(f"sparsekv: native CPU kernels, {_isa}")
 
 
@@ -182,7 +182,7 @@ def _attention(
         scale,
         _layout(tuple(layout)),
     )
-    _library().sparsekv_attention(ctypes.byref(call))
+    _kernel("attention")(ctypes.byref(call))
     if packed_out is not out:
         out.copy_(packed_out)
 
@@ -205,7 +205,7 @@ def _pack(
         torch.get_num_threads(),
         _layout(tuple(layout)),
     )
-    _library().sparsekv_pack(ctypes.byref(call))
+    _kernel("pack")(ctypes.byref(call))
 
 
 def _write_window(
@@ -239,7 +239,7 @@ def _write_window(
         torch.get_num_threads(),
         _layout(tuple(layout)),
     )
-    _library().sparsekv_write_window(ctypes.byref(call))
+    _kernel("write_window")(ctypes.byref(call))
 
 
 def _byte_strides(blocks: Tensor) -> tuple[int, int]:
@@ -248,10 +248,10 @@ def _byte_strides(blocks: Tensor) -> tuple[int, int]:
     return blocks.stride(0) * size, blocks.stride(1) * size
 
 
-def _library() -> ctypes.CDLL:
+def _kernel(name: str) -> Callable[..., None]:
     if _isa is None:
         use_isa(None)
-    return library(_isa)
+    return getattr(library(), f"sparsekv_{name}_{_isa}")
 
 
 _operators = torch.library.Library("sparsekv", "DEF")

@@ -5,7 +5,9 @@
 #include <cstdint>
 #include <cstdlib>
 
-namespace sparsekv {
+#include "simd.h"
+
+namespace sparsekv::SPARSEKV_ISA {
 
 class Scratch {
   public:
@@ -47,4 +49,4 @@ class Carver {
     size_t used_ = 0;
 };
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -1,8 +1,9 @@
 // Vectors of floats for one instruction set, chosen by the flags this file is compiled with.
 //
 // Arithmetic is GCC's vector extension; only what it cannot say is written per instruction set.
-// Every set is a library of its own (build.py), so inline functions compiled for different sets
-// never meet in one binary.
+// One binary holds all sets (build.py). Each has a namespace of its own, so that the linker never
+// takes an inline function compiled for one set into another; for the same reason nothing here calls
+// inline functions of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,15 @@
 #include <immintrin.h>
 #endif
 
-namespace sparsekv {
+#if defined(__AVX512F__)
+#define SPARSEKV_ISA avx512
+#elif defined(__AVX2__)
+#define SPARSEKV_ISA avx2
+#else
+#define SPARSEKV_ISA portable
+#endif
+
+namespace sparsekv::SPARSEKV_ISA {
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
@@ -109,4 +118,4 @@ inline F exp2(F x) {
     return x < -126.f ? F{} : p * bits_to_float(exponent << 23);
 }
 
-}  // namespace sparsekv
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -6,7 +6,7 @@
 #include "../cpu/encode.h"
 #include "../cpu/layout.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int MAX_HEAD_SIZE = 1024;
 
@@ -85,10 +85,7 @@ void pack_row(
            section.scales + offset * scale_bytes(vector.storage));
 }
 
-}  // namespace sparsekv
-
-SPARSEKV_EXPORT void sparsekv_pack(const sparsekv::PackCall* call) {
-    using namespace sparsekv;
+SPARSEKV_EXPORT(pack)(const PackCall* call) {
     const Layout& layout = call->layout;
     const int64_t rows = call->num_tokens * call->num_kv_heads;
 #pragma omp parallel for num_threads(call->num_threads) schedule(static) if (rows > 64)
@@ -106,3 +103,5 @@ SPARSEKV_EXPORT void sparsekv_pack(const sparsekv::PackCall* call) {
                  layout.value, tile.value, offset);
     }
 }
+
+}  // namespace sparsekv::SPARSEKV_ISA

@@ -2,7 +2,7 @@
 
 #include "../cpu/layout.h"
 
-namespace sparsekv {
+namespace sparsekv::SPARSEKV_ISA {
 
 // Mirrors ops.WindowCall. Strides count elements, those of the window bytes.
 struct WindowCall {
@@ -39,9 +39,9 @@ void write_request(const WindowCall& call, int request) {
     }
 }
 
-}  // namespace sparsekv
-
-SPARSEKV_EXPORT void sparsekv_write_window(const sparsekv::WindowCall* call) {
+SPARSEKV_EXPORT(write_window)(const WindowCall* call) {
 #pragma omp parallel for num_threads(call->num_threads) schedule(dynamic, 1) if (call->num_reqs > 8)
-    for (int request = 0; request < call->num_reqs; ++request) sparsekv::write_request(*call, request);
+    for (int request = 0; request < call->num_reqs; ++request) write_request(*call, request);
 }
+
+}  // namespace sparsekv::SPARSEKV_ISA

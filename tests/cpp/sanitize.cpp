@@ -9,7 +9,7 @@
 #include "../../kernels/pack/cpu.cpp"
 #include "../../kernels/window/cpu.cpp"
 
-using namespace sparsekv;
+using namespace sparsekv::SPARSEKV_ISA;
 
 namespace {
 
@@ -80,20 +80,20 @@ void run_batch(const Shape& shape) {
         const int64_t stride = int64_t(kv_heads) * shape.head_size;
         const PackCall pack{key, value, pages, slot, stride, stride, kv_heads * tile, tile, tokens,
                             kv_heads, shape.block_size, shape.threads, layout};
-        sparsekv_pack(&pack);
+        SPARSEKV_KERNEL(pack)(&pack);
         if (attend) {
             const int64_t query_stride = int64_t(heads) * shape.head_size;
             const AttentionCall call{
                 query, key, value, out, pages, window, counts, ends, table, ring_table, query_stride, stride,
                 stride, query_stride, kv_heads * tile, tile, kv_heads * slot_tile, slot_tile, max_blocks, ring_blocks,
                 num_reqs, heads, kv_heads, num_blocks, shape.block_size, slots, ring_blocks, shape.threads, 0.1f, layout};
-            sparsekv_attention(&call);
+            SPARSEKV_KERNEL(attention)(&call);
         }
         if (shape.window == 0) return;
         const WindowCall call{key, value, window, counts, ends, ring_table, slot, stride, stride, kv_heads * slot_tile,
                               slot_tile, ring_blocks, tokens, num_reqs, kv_heads, slots, ring_blocks, shape.threads,
                               layout};
-        sparsekv_write_window(&call);
+        SPARSEKV_KERNEL(write_window)(&call);
     };
     Array<int32_t> history(num_reqs + 1), contexts(num_reqs);
     for (int i = 0; i < num_reqs; ++i) {
@@ -109,15 +109,17 @@ void run_batch(const Shape& shape) {
 int main() {
     int batches = 0;
     for (const int head_size : {16, 64, 80, 96, 128, 256})
-        for (const int storage : {-1, int(FP8), int(INT4)})
+        for (const int storage : {-1, int(FP8), int(INT4), int(INT3)})
             for (const int model : {int(FLOAT32), int(BFLOAT16), int(FLOAT16)}) {
                 const int block_size = batches % 2 ? 16 : 64, window = batches % 3 ? 24 : 0;
                 const int stored = storage < 0 ? model : storage;
                 const int value_stored = batches % 4 ? stored : int(INT4);
                 // One of `divisor` elements survives, or all of them.
-                const auto survivors = [&](int divisor) { return (head_size / divisor + 3) / 4 * 4; };
-                const VectorLayout key{survivors(batches / 3 % 2 + 1), stored};
-                const VectorLayout value{survivors(batches / 2 % 3 + 1), value_stored};
+                const auto survivors = [&](int storage, int divisor) {
+                    return storage == INT3 ? head_size : (head_size / divisor + 3) / 4 * 4;
+                };
+                const VectorLayout key{survivors(stored, batches / 3 % 2 + 1), stored};
+                const VectorLayout value{survivors(value_stored, batches / 2 % 3 + 1), value_stored};
                 run_batch({head_size, 1 + batches % 5, block_size, window, model, key, value, 1 + batches % 2});
                 ++batches;
             }
