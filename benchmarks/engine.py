@@ -1,6 +1,7 @@
 """Decode and prompt speed, KV capacity: the engine with sparse pages against the dense engine.
 
-    python benchmarks/engine.py [--context 1024 4096] [--batch 8] [--dtype float32]
+    python benchmarks/engine.py [--context 1024] [--batch 8] [--rounds 2] [--dtype float32]
+    python benchmarks/engine.py --context 4096 8192 --batch 4 --rounds 1 --output long.json
 
 Both engines run one after the other in processes of their own, with the same cache memory. A round
 is one batch of fresh prompts: the time until each of them has its first token, then decode steps of
@@ -37,14 +38,14 @@ def measure(options: dict[str, Any], contexts: list[int], batch: int, rounds: in
     llm = LLM(enforce_eager=True, enable_prefix_caching=False, **options)
     cache = llm.llm_engine.vllm_config.cache_config
     result: dict[str, Any] = {"kv_cache_tokens": cache.kv_cache_size_tokens}
+    one_round(llm, min(contexts), batch, seed=0)  # warms up
     for context in contexts:
         prompt_seconds, decode_rate = [], []
-        for index in range(rounds + 1):
+        for index in range(1, rounds + 1):
             prompt, steps = one_round(llm, context, batch, seed=index)
             print(f"  context {context}, round {index}: prompts {prompt:.2f} s", flush=True)
-            if index:  # the first round warms up
-                prompt_seconds.append(prompt)
-                decode_rate += [batch / step for step in steps]
+            prompt_seconds.append(prompt)
+            decode_rate += [batch / step for step in steps]
         result[str(context)] = {
             "prompt_seconds": summary(prompt_seconds),
             "decode_tokens_per_second": summary(decode_rate),
