@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 
 BIN := .venv/bin
 SETUP := .venv/.setup-done
+BASIS := .cache/basis.safetensors
 
 ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
@@ -65,8 +66,13 @@ bench-engine: $(SETUP) model
 bench-kernels: $(SETUP)
 	$(BIN)/python benchmarks/cpu.py
 
-bench-accuracy: $(SETUP) model
-	$(BIN)/python benchmarks/accuracy.py perplexity --model $(MODEL)
+bench-accuracy: $(SETUP) $(BASIS)
+	$(BIN)/python benchmarks/accuracy.py perplexity --model $(MODEL) --basis $(BASIS)
+
+# Calibrated on a tuning text, never on those the results are quoted on.
+$(BASIS): | $(SETUP) $(MODEL)/config.json
+	$(BIN)/python benchmarks/texts/fetch.py .cache/texts
+	$(BIN)/python -m vllm_sparsekv.calibrate $(MODEL) --text .cache/texts/handbook.txt --output $@
 
 # The GPU targets use the torch and triton of $(PYTHON), not .venv; vLLM only where it is installed.
 GPU_PATH := build/gpu

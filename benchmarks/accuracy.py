@@ -3,6 +3,7 @@
     python benchmarks/accuracy.py perplexity          # held-out texts, every method, then the plot
     python benchmarks/accuracy.py perplexity --texts tuning --methods sparsekv-balanced dense
     python benchmarks/accuracy.py perplexity --texts my.txt --samples 2 --length 8192
+    python benchmarks/accuracy.py perplexity --basis basis.safetensors    # also calibrated presets
     python benchmarks/accuracy.py passkey
     python benchmarks/accuracy.py tasks longbench.jsonl
     python benchmarks/accuracy.py engine              # the same texts through vLLM itself
@@ -56,14 +57,14 @@ def find_texts(names: list[str], folder: Path) -> dict[str, Path]:
 
 
 def choose_methods(
-    names: list[str] | None, head_size: int, dtype: torch.dtype
+    names: list[str] | None, head_size: int, dtype: torch.dtype, basis: Path | None = None
 ) -> dict[str, Method]:
     """Methods by name, all by default.
 
     Raises:
         ValueError: unknown name.
     """
-    methods = build_methods(head_size, dtype)
+    methods = build_methods(head_size, dtype, basis=basis)
     for name in names or ():
         if name not in methods:
             raise ValueError(f"method {name!r}: must be one of {list(methods)}")
@@ -74,7 +75,7 @@ def perplexity(args: argparse.Namespace) -> None:
     """Perplexity ratio, KL and top-1 of every method, one sample of every text after the other."""
     dtype = DTYPES[args.dtype]
     model = RuleModel(args.model, dtype)
-    methods = choose_methods(args.methods, model.head_size, dtype)
+    methods = choose_methods(args.methods, model.head_size, dtype, args.basis)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     window = max(method.window for method in methods.values())
     paths = find_texts(args.texts, args.text_folder)
@@ -136,7 +137,7 @@ def passkey(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.dtype]
     model = RuleModel(args.model, dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    methods = choose_methods(args.methods, model.head_size, dtype)
+    methods = choose_methods(args.methods, model.head_size, dtype, args.basis)
     rows = stream(
         args.out.with_name("passkey.json"),
         partial(tasks.passkey, model, tokenizer, methods, args.lengths, args.depths),
@@ -151,7 +152,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     questions = {path: tasks.read_jsonl(path) for path in args.files}
     model = RuleModel(args.model, dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    methods = choose_methods(args.methods, model.head_size, dtype)
+    methods = choose_methods(args.methods, model.head_size, dtype, args.basis)
     rows = stream(
         args.out.with_name("tasks.json"),
         partial(tasks.answer_files, model, tokenizer, methods, questions, args.max_new_tokens),
@@ -167,7 +168,10 @@ def run_engine(args: argparse.Namespace) -> None:
     samples = {
         name: token_samples(tokenizer, path, 1, args.length, 1)[0] for name, path in paths.items()
     }
-    rows = engine.compare_routes(args.model, samples, args.preset, DTYPES[args.dtype])
+    settings = {"preset": args.preset}
+    if args.basis:
+        settings["basis"] = str(args.basis)
+    rows = engine.compare_routes(args.model, samples, settings, DTYPES[args.dtype])
     args.out.with_name("engine_accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -176,7 +180,8 @@ def plot(args: argparse.Namespace) -> None:
     config = json.loads((Path(args.model) / "config.json").read_text())
     head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     dtype = DTYPES[args.dtype]
-    pareto.write(args.out, build_methods(head_size, dtype), head_size, dtype)
+    methods = build_methods(head_size, dtype, basis=args.basis)
+    pareto.write(args.out, methods, head_size, dtype)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -191,6 +196,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         sub.set_defaults(function=function)
         sub.add_argument("--model", default=str(here.parent / ".cache/smollm2-135m-instruct"))
         sub.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="dense cache dtype")
+        sub.add_argument(
+            "--basis", type=Path, help="file of sparsekv-calibrate: also measure calibrated presets"
+        )
         sub.add_argument("--out", type=Path, default=here / "results/accuracy.json")
         sub.add_argument("--threads", type=int, help="torch threads (default: torch's)")
         return sub

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sparsekv import plugin
 from vllm_sparsekv.backend import SparseKVBackend, SparseKVImpl, describe
+from vllm_sparsekv.basis_file import write_basis
 from vllm_sparsekv.vllm_compat import check_version
 
 LLAMA = json.loads((MODEL / "config.json").read_text())
@@ -142,6 +144,28 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 def test_unsupported_models(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         configure(model_folder(tmp_path, **(LLAMA | changes)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((30, 3, 32), "its head_size is 32 (calibrated on a-model), must be 64 for "),
+        ((29, 3, 64), "its num_layers is 29 (calibrated on a-model), must be 30 for "),
+        ((30, 1, 64), "its num_kv_heads is 1 (calibrated on a-model), must be 3 for "),
+        (None, "must be a file written by sparsekv-calibrate, there is no such file"),
+    ],
+)
+def test_basis_of_another_model(
+    tmp_path: Path, shape: tuple[int, int, int] | None, message: str
+) -> None:
+    path = tmp_path / "basis.safetensors"
+    if shape is not None:
+        layers, heads, size = shape
+        matrices = [torch.eye(size).repeat(heads, 1, 1) for _ in range(layers)]
+        write_basis(path, matrices, "a-model")
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        configure(additional_config={"sparsekv": {"basis": str(path)}})
+    assert f"sparsekv.basis={str(path)!r}" in str(error.value)
 
 
 def test_block_size_defaults_to_64_and_respects_the_user() -> None:

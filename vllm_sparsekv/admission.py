@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from vllm_sparsekv.basis_file import BasisFile
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.vllm_compat import VllmConfig, lookahead_tokens
@@ -51,7 +52,7 @@ def admit(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: names the field, the value and the valid set.
     """
-    settings_of(vllm_config)
+    settings = settings_of(vllm_config)
     model = vllm_config.model_config
     cache = vllm_config.cache_config
     if model is None:
@@ -82,6 +83,24 @@ def admit(vllm_config: VllmConfig) -> None:
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE
     layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
+    if settings.basis is not None:
+        _check_basis(settings.basis, model)
+
+
+def _check_basis(path: str, model: Any) -> None:
+    """Refuse a basis calibrated on a model of another shape."""
+    basis = BasisFile.open(path)
+    needed = {
+        "head_size": model.get_head_size(),
+        "num_layers": model.get_total_num_hidden_layers(),
+        "num_kv_heads": model.get_total_num_kv_heads(),
+    }
+    for name, value in needed.items():
+        if getattr(basis, name) != value:
+            raise ValueError(
+                f"sparsekv.basis={path!r}: its {name} is {getattr(basis, name)} (calibrated on "
+                f"{basis.model}), must be {value} for {model.model}"
+            )
 
 
 def _additional(vllm_config: VllmConfig) -> dict[str, Any]:

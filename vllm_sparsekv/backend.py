@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_sparsekv.admission import layer_format, settings_of
-from vllm_sparsekv.basis import Basis, change
+from vllm_sparsekv.basis import Basis, change, kv_heads_of_rank
+from vllm_sparsekv.basis_file import BasisFile
 from vllm_sparsekv.format import BLOCK_SIZE_MULTIPLE, MODEL_DTYPES, SparseFormat
 from vllm_sparsekv.kernels import api
 from vllm_sparsekv.plugin import BACKEND_NAME
@@ -25,7 +26,10 @@ from vllm_sparsekv.vllm_compat import (
     VllmConfig,
     first_layer_index,
     get_current_vllm_config,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
     init_logger,
+    layer_index,
     layer_metadata,
     workspace,
 )
@@ -175,12 +179,25 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         self.format = layer_format(vllm_config, head_size)
         _formats[head_size, self.format.dtype] = self.format
         self.basis = Basis.of(self.format, vllm_config.device_config.device)
+        self.basis_path = settings_of(vllm_config).basis
         self.window = self._add_window_layer(vllm_config) if self.format.window else None
 
     def _add_window_layer(self, vllm_config: VllmConfig) -> WindowLayer:
         layers = vllm_config.compilation_config.static_forward_context.values()
         index = first_layer_index(vllm_config) + sum(isinstance(x, WindowLayer) for x in layers)
         return WindowLayer(f"sparsekv.window.{index}", self.num_kv_heads, self.format, vllm_config)
+
+    def _use_calibrated(self, layer_name: str, device: torch.device) -> None:
+        """Take the layer's key matrices, now that its name is known."""
+        file = BasisFile.open(self.basis_path)
+        heads = kv_heads_of_rank(
+            file.num_kv_heads,
+            get_tensor_model_parallel_rank(),
+            get_tensor_model_parallel_world_size(),
+        )
+        matrices = file.layer(layer_index(layer_name))[heads]
+        self.basis = Basis.calibrated(self.format, matrices, device)
+        self.basis_path = None
 
     def forward(
         self,
@@ -213,6 +230,8 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
                 query.device, self.num_heads // self.num_kv_heads, self.head_size
             )
         )
+        if self.basis_path is not None:
+            self._use_calibrated(layer.layer_name, query.device)
         if attn_metadata is None:
             return output
         step = attn_metadata

@@ -4,6 +4,10 @@ Elements quantised with few bits lose least when they are all of one size, so ve
 every element in an integer codec are stored rotated: their energy is then spread evenly (QuaRot,
 arXiv 2404.00456). Pruned vectors stay as they are: pruning lives on elements of different sizes.
 
+Keys can take a calibrated basis instead (:mod:`vllm_sparsekv.calibrate`), one matrix per KV head.
+It makes elements matter as much as they are large, and of sizes as different as can be, so pruned
+keys are stored in it as they are, and whole keys rotated on top of it.
+
 Attention needs no vector back. With keys stored as ``k F`` and queries taken as ``q F^-T`` scores
 are unchanged, and with values stored as ``v F`` the output is ``o F^-1``.
 """
@@ -11,7 +15,7 @@ are unchanged, and with values stored as ``v F`` the output is ``o F^-1``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -21,7 +25,7 @@ from vllm_sparsekv.format import SparseFormat
 
 @dataclass(frozen=True)
 class Basis:
-    """Matrices of one layer, each (D, D), or None where nothing changes.
+    """Matrices of one layer, each (D, D) or (num_kv_heads, D, D), or None where nothing changes.
 
     Attributes:
         key: what keys are multiplied with before they are stored.
@@ -38,7 +42,7 @@ class Basis:
     @classmethod
     @cache
     def of(cls, fmt: SparseFormat, device: torch.device | str = "cpu") -> Basis:
-        """The basis of all layers with this format, on ``device``."""
+        """The basis of all layers with this format that are not calibrated, on ``device``."""
         # CPUs without bfloat16 arithmetic multiply it an order of magnitude slower than float32.
         matrices = rotation(fmt.head_size)
         narrow = torch.device(device).type != "cpu" and all(
@@ -50,18 +54,53 @@ class Basis:
         value, output = (forward, inverse) if fmt.value.rotated else (None, None)
         return cls(key, query, value, output)
 
+    @classmethod
+    def calibrated(
+        cls, fmt: SparseFormat, matrices: torch.Tensor, device: torch.device | str = "cpu"
+    ) -> Basis:
+        """The same with keys in a basis of their own, in float32.
+
+        Args:
+            fmt: format of the layer; its keys are integers.
+            matrices: (num_kv_heads, D, D), what keys are multiplied with, on the CPU.
+            device: where the result lies.
+        """
+        forward = matrices.double()
+        inverse = torch.linalg.inv(forward)
+        if fmt.key.rotated:
+            there, back = (matrix.double() for matrix in rotation(fmt.head_size))
+            forward, inverse = forward @ there, back @ inverse
+        key, query = (matrix.to(device, torch.float32) for matrix in (forward, inverse.mT))
+        return replace(cls.of(fmt, device), key=key, query=query)
+
 
 def change(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
     """``x @ matrix`` in the dtype of x; x itself where the matrix is None.
 
     Args:
-        x: (..., D) floats.
-        matrix: (D, D) or None.
+        x: (..., D) floats; (..., heads, D) where every KV head has its own matrix, which the
+            ``heads / num_kv_heads`` neighbours of a group share.
+        matrix: (D, D), (num_kv_heads, D, D) or None.
     """
     if matrix is None:
         return x
     wider = torch.promote_types(x.dtype, matrix.dtype)
-    return (x.to(wider) @ matrix.to(wider)).to(x.dtype)
+    y, matrix = x.to(wider), matrix.to(wider)
+    if matrix.ndim == 2:
+        y = y @ matrix
+    else:
+        grouped = y.unflatten(-2, (len(matrix), -1))
+        y = torch.einsum("...hgd,hde->...hge", grouped, matrix).flatten(-3, -2)
+    return y.to(x.dtype).contiguous()
+
+
+def kv_heads_of_rank(num_kv_heads: int, rank: int, size: int) -> slice:
+    """The KV heads that a tensor-parallel rank holds, of all ``num_kv_heads``.
+
+    A contiguous share; where there are more ranks than heads, neighbours hold the same head.
+    """
+    first = rank * num_kv_heads // size
+    return slice(first, first + max(1, num_kv_heads // size))
 
 
 @cache

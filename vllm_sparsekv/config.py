@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_sparsekv.codecs import CODECS
+from vllm_sparsekv.codecs import CODECS, IntCodec
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quality": {
@@ -62,6 +62,8 @@ class SparseKVConfig:
         key_dtype: how surviving key elements are stored, a name in ``codecs.CODECS``.
         value_dtype: how surviving value elements are stored, a name in ``codecs.CODECS``.
         window: newest tokens of a request that stay dense, >= 0.
+        basis: path of a file written by ``sparsekv-calibrate`` for this model, in whose basis
+            integer keys are stored; None for the model's own.
     """
 
     key_sparsity: float = 0.375
@@ -69,6 +71,7 @@ class SparseKVConfig:
     key_dtype: str = "int4"
     value_dtype: str = "int4"
     window: int = 64
+    basis: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("key_sparsity", "value_sparsity"):
@@ -85,6 +88,12 @@ class SparseKVConfig:
                 raise _invalid(f"{kind}_sparsity", sparsity, f"0 with {kind}_dtype='int3'")
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
             raise _invalid("window", self.window, "an integer >= 0 (tokens)")
+        if self.basis is not None:
+            if not isinstance(self.basis, str):
+                raise _invalid("basis", self.basis, "None or a path (string)")
+            if not issubclass(CODECS[self.key_dtype], IntCodec):
+                expected = f"None with key_dtype={self.key_dtype!r}, only integer keys change basis"
+                raise _invalid("basis", self.basis, expected)
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> SparseKVConfig:

@@ -28,6 +28,10 @@ def check_version(version: str) -> None:
 check_version(VLLM_VERSION)
 
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -72,7 +76,10 @@ __all__ = [
     "check_version",
     "first_layer_index",
     "get_current_vllm_config",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
     "init_logger",
+    "layer_index",
     "layer_metadata",
     "lookahead_tokens",
     "register_backend_member",
@@ -173,6 +180,14 @@ def first_layer_index(vllm_config: VllmConfig) -> int:
     """Global index of the first decoder layer on this pipeline rank."""
     start, _ = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
     return start
+
+
+def layer_index(layer_name: str) -> int:
+    """Global index of the decoder layer in a module name."""
+    # Every model's module is imported after plugins have loaded.
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    return extract_layer_index(layer_name)
 
 
 def lookahead_tokens(vllm_config: VllmConfig) -> int:

@@ -100,6 +100,8 @@ class RuleModel:
 
     def _attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         method, chunk = self._active
+        if method.layers:
+            method = method.layers[module.layer_idx]
         out = rule_attention(query[0], key[0], value[0], method, self.dtype, scaling, chunk)
         return out.transpose(0, 1).unsqueeze(0).contiguous(), None
 

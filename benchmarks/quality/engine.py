@@ -59,21 +59,20 @@ def torch_nll(model: RuleModel, tokens: torch.Tensor, method: Method) -> float:
 
 
 def compare_routes(
-    path: str, samples: dict[str, torch.Tensor], preset: str, dtype: torch.dtype
+    path: str, samples: dict[str, torch.Tensor], settings: dict[str, Any], dtype: torch.dtype
 ) -> list[dict[str, Any]]:
     """Perplexities and their ratio to dense from both routes, one row per text.
 
     Raises:
-        ValueError: unknown preset.
+        ValueError: invalid settings.
     """
-    config = SparseKVConfig.from_dict({"preset": preset})
+    config = SparseKVConfig.from_dict(settings)
     model = RuleModel(path, dtype)
     method = sparse(config, model.head_size, dtype)
     lists = {name: tokens.tolist() for name, tokens in samples.items()}
     name = str(dtype).removeprefix("torch.")
     dense, tested = (
-        _in_process(engine_nll, path, lists, settings, name)
-        for settings in (None, {"preset": preset})
+        _in_process(engine_nll, path, lists, given, name) for given in (None, settings)
     )
     rows = []
     for text, tokens in samples.items():
@@ -81,7 +80,7 @@ def compare_routes(
         row = {
             "text": text,
             "tokens": len(tokens),
-            "preset": preset,
+            "settings": method.settings,
             "engine_ppl": math.exp(tested[text]),
             "torch_ppl": math.exp(ours),
             "engine_ratio": math.exp(tested[text] - dense[text]),

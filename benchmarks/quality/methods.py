@@ -6,17 +6,23 @@ its paper or from vLLM's description of the format; ours goes through the projec
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_sparsekv.basis import Basis, change
+from vllm_sparsekv.basis_file import BasisFile
 from vllm_sparsekv.config import PRESETS, SparseKVConfig
 from vllm_sparsekv.format import TAG_BYTES, SparseFormat, VectorFormat
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
+
+CALIBRATED = "-calibrated"
+"""How the name of a row ends whose keys are stored in a calibrated basis."""
 
 Vectors = torch.Tensor
 """(num_kv_heads, tokens, D) in the cache dtype of the dense baseline."""
@@ -33,6 +39,7 @@ class Method:
         window: newest tokens that stay dense.
         evaluation_only: true where the method cannot serve (it looks at the whole prompt).
         settings: the user's settings where the method is ours.
+        layers: the method of each layer where they differ; only ``key`` and ``value`` count.
     """
 
     key: Callable[[Vectors, torch.Tensor], Vectors]
@@ -41,6 +48,7 @@ class Method:
     window: int
     evaluation_only: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
+    layers: tuple[Method, ...] = ()
 
     def token_bytes(self, dense_bytes: int, context: int) -> float:
         """Bytes a token and KV head, the window's bytes spread over ``context`` tokens.
@@ -57,24 +65,42 @@ DENSE = Method(lambda key, query: key.float(), torch.Tensor.float, 0, 0)
 
 
 def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method:
-    """Ours: keys and values through the project's own pack and unpack."""
+    """Ours: keys and values through the project's own pack and unpack.
+
+    Raises:
+        ValueError: the configured basis is not a basis file or of another head size.
+    """
     fmt = SparseFormat.from_config(config, head_size, dtype)
+    settings = {name: value for name, value in asdict(config).items() if value is not None}
+    if config.basis is None:
+        return _stored(fmt, Basis.of(fmt), settings)
+    file = BasisFile.open(config.basis)
+    if file.head_size != head_size:
+        raise ValueError(f"{file.path}: head_size {file.head_size}, must be {head_size}")
+    settings["basis"] = hashlib.sha256(file.path.read_bytes()).hexdigest()[:16]
+    layers = tuple(
+        _stored(fmt, Basis.calibrated(fmt, file.layer(index)), settings)
+        for index in range(file.num_layers)
+    )
+    return replace(layers[0], layers=layers)
 
-    basis = Basis.of(fmt)
 
-    def stored(
+def _stored(fmt: SparseFormat, basis: Basis, settings: dict[str, Any]) -> Method:
+    """What vectors read back as in one layer."""
+
+    def read_back(
         vector: VectorFormat, there: torch.Tensor | None, back: torch.Tensor | None, x: Vectors
     ) -> Vectors:
-        packed = pack_vectors(change(x, there), vector)
-        return change(unpack_vectors(*packed, vector), back)
+        packed = pack_vectors(change(x.transpose(0, 1), there), vector)
+        return change(unpack_vectors(*packed, vector), back).transpose(0, 1)
 
     key_back = None if basis.query is None else basis.query.mT
     return Method(
-        key=lambda key, query: stored(fmt.key, basis.key, key_back, key),
-        value=partial(stored, fmt.value, basis.value, basis.output),
+        key=lambda key, query: read_back(fmt.key, basis.key, key_back, key),
+        value=partial(read_back, fmt.value, basis.value, basis.output),
         vector_bytes=fmt.token_bytes,
-        window=config.window,
-        settings=asdict(config),
+        window=fmt.window,
+        settings=settings,
     )
 
 
@@ -163,12 +189,15 @@ def _think(key: Vectors, query: torch.Tensor, kept: int) -> Vectors:
     return key.float() * mask.unsqueeze(1)
 
 
-def build_methods(head_size: int, dtype: torch.dtype, window: int = 64) -> dict[str, Method]:
+def build_methods(
+    head_size: int, dtype: torch.dtype, window: int = 64, basis: Path | None = None
+) -> dict[str, Method]:
     """All rows of the comparison.
 
     Args:
         head_size: D.
         dtype: cache dtype of the dense baseline and of every method's window.
+        basis: file of ``sparsekv-calibrate``; adds each preset with integer keys in that basis.
         window: the dense window of the rivals; Mustafar and ThinK use the 32 of their papers.
     """
 
@@ -176,6 +205,13 @@ def build_methods(head_size: int, dtype: torch.dtype, window: int = 64) -> dict[
         size = 2 * (head_size * bits / 8 + scale)
         return Method(lambda key, query: quantise(key), quantise, size, window)
 
+    def ours(**settings: Any) -> Method:
+        return sparse(SparseKVConfig.from_dict(settings), head_size, dtype)
+
+    calibrated = {
+        f"sparsekv-{name}{CALIBRATED}": ours(preset=name, basis=str(basis))
+        for name in (PRESETS if basis else ())
+    }
     half = head_size // 2
     dense_bytes = 2 * head_size * dtype.itemsize
     mustafar = {
@@ -206,8 +242,6 @@ def build_methods(head_size: int, dtype: torch.dtype, window: int = 64) -> dict[
             evaluation_only=True,
         ),
         **mustafar,
-        **{
-            f"sparsekv-{name}": sparse(SparseKVConfig.from_dict({"preset": name}), head_size, dtype)
-            for name in PRESETS
-        },
+        **{f"sparsekv-{name}": ours(preset=name) for name in PRESETS},
+        **calibrated,
     }

@@ -10,7 +10,7 @@ from statistics import stdev
 
 import torch
 
-from quality.methods import Method
+from quality.methods import CALIBRATED, Method
 from quality.perplexity import summary
 from quality.results import Results
 
@@ -106,14 +106,18 @@ def draw(table: list[dict[str, object]], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5))
     lengths = sorted({row["length"] for row in table})
     rivals = sorted({row["method"] for row in table if not _is_ours(row)})
-    for axis, metric, label in zip(
+    for axis, metric, title in zip(
         axes, ("ppl_ratio", "kl"), ("perplexity ratio to dense", "KL to dense (nats)"), strict=True
     ):
         for length, marker in zip(lengths, "os^D*v" * len(lengths), strict=False):
             ours = [row for row in table if row["length"] == length and _is_ours(row)]
-            x = [row["bytes_per_token_and_head"] for row in ours]
-            y = [row[metric] for row in ours]
-            axis.plot(x, y, f"k{marker}-", label=f"sparsekv presets, {length} tokens")
+            for calibrated, line, kind in ((False, "-", "presets"), (True, "--", "calibrated")):
+                points = [row for row in ours if row["method"].endswith(CALIBRATED) == calibrated]
+                x = [row["bytes_per_token_and_head"] for row in points]
+                y = [row[metric] for row in points]
+                if points:
+                    label = f"sparsekv {kind}, {length} tokens"
+                    axis.plot(x, y, f"k{marker}{line}", label=label)
             for row in table:
                 if row["length"] == length and not _is_ours(row):
                     color = pyplot.cm.tab20(rivals.index(row["method"]))
@@ -122,7 +126,7 @@ def draw(table: list[dict[str, object]], path: Path) -> None:
                     point = (row["bytes_per_token_and_head"], shown)
                     axis.plot(*point, marker, color=color, label=f"{row['method']}{beyond}")
         axis.set_xlabel("bytes per token and KV head, window included")
-        axis.set_ylabel(label)
+        axis.set_ylabel(title)
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
     axes[0].legend(fontsize=7)

@@ -1,0 +1,243 @@
+"""The calibrated key basis: its algebra, its file, its refusals and the command that makes it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from vllm_sparsekv import calibrate
+from vllm_sparsekv.basis import Basis, change, kv_heads_of_rank
+from vllm_sparsekv.basis_file import BasisFile, write_basis
+from vllm_sparsekv.config import SparseKVConfig
+from vllm_sparsekv.format import SparseFormat
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+HEADS, GROUP, SIZE, LAYERS = 2, 2, 16, 2
+
+
+def vectors(*shape: int, seed: int = 7) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def moments(seed: int) -> torch.Tensor:
+    """(HEADS, SIZE, SIZE) of vectors whose coordinates differ in size by up to 10."""
+    x = vectors(HEADS, 40, SIZE, seed=seed) * torch.logspace(0, 1, SIZE, dtype=torch.float64)
+    return x.mT @ x / 40
+
+
+def test_balance_of_diagonal_moments():
+    """T Sk T == T^-1 Sq T^-1 for diagonals: each entry of T is (sq / sk) ** (1 / 4)."""
+    key = torch.tensor([1.0, 16.0, 4.0], dtype=torch.float64)
+    query = torch.tensor([16.0, 1.0, 4.0], dtype=torch.float64)
+    expected = torch.diag(torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64))
+    assert (calibrate.balance(key.diag(), query.diag()) - expected).abs().max() < 1e-12
+
+
+def test_balance_makes_both_moments_the_same():
+    key, query = moments(1), moments(2).flip(-1).flip(-2)
+    transform = calibrate.balance(key, query)
+    back = torch.linalg.inv(transform)
+    balanced, other = transform @ key @ transform.mT, back.mT @ query @ back
+    assert (balanced - other).abs().max() < 1e-6 * balanced.abs().max()
+    # White noise in every coordinate of the keys now moves scores by less.
+    before, after = (
+        a.diagonal(dim1=-2, dim2=-1).sum(-1) * b.diagonal(dim1=-2, dim2=-1).sum(-1)
+        for a, b in ((key, query), (balanced, other))
+    )
+    assert (after < 0.5 * before).all()
+
+
+def test_key_matrices_sort_coordinates_and_are_well_conditioned():
+    matrices = calibrate.key_matrices(moments(1), moments(2))
+    inverse = torch.linalg.inv(matrices)
+    keys = matrices.mT @ moments(1) @ matrices
+    energy = keys.diagonal(dim1=-2, dim2=-1)
+    assert (energy[:, :-1] > energy[:, 1:]).all()
+    # The ridge of 1 % leaves the two moments a little apart.
+    queries = inverse @ moments(2) @ inverse.mT
+    ratio = keys.diagonal(dim1=-2, dim2=-1) / queries.diagonal(dim1=-2, dim2=-1)
+    assert (ratio / ratio.mean() - 1).abs().max() < 0.5
+    assert torch.linalg.det(matrices).abs().sub(1).abs().max() < 1e-9
+    assert torch.linalg.cond(matrices).max() < 10
+
+
+def test_condition_is_capped():
+    """Keys 1e8 times as large in one coordinate: without ridge and cap T has condition 1e4."""
+    key = torch.diag(torch.tensor([1e8] + [1.0] * 15, dtype=torch.float64)).unsqueeze(0)
+    query = torch.diag(torch.tensor([1.0] * 15 + [1e8], dtype=torch.float64)).unsqueeze(0)
+    condition = torch.linalg.cond(calibrate.key_matrices(key, query))
+    assert condition.item() == pytest.approx(40.0, rel=0.02)  # (1 / (RIDGE / 16)) ** (1 / 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "LARGEST_CONDITION", 4.0)
+        condition = torch.linalg.cond(calibrate.key_matrices(key, query))
+    assert condition.item() == pytest.approx(4.0, rel=1e-6)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_scores_are_unchanged(sparsity):
+    config = SparseKVConfig(sparsity, 0.5, "int4", "int4")
+    fmt = SparseFormat.from_config(config, SIZE, torch.float32)
+    matrices = calibrate.key_matrices(moments(1), moments(2)).float()
+    basis = Basis.calibrated(fmt, matrices)
+    assert basis.value is None and basis.output is None
+    assert basis.key.dtype == basis.query.dtype == torch.float32
+    tokens = 30
+    key = vectors(tokens, HEADS, SIZE).float()
+    query = vectors(tokens, HEADS * GROUP, SIZE, seed=8).float()
+    stored, asked = change(key, basis.key), change(query, basis.query)
+    assert stored.is_contiguous() and asked.is_contiguous()
+    for head in range(HEADS * GROUP):
+        expected = query[:, head].double() @ key[:, head // GROUP].double().mT
+        scores = asked[:, head].double() @ stored[:, head // GROUP].double().mT
+        assert (scores - expected).abs().max() < 2e-6 * expected.abs().max()
+    alone = key[:, 1].double() @ basis.key[1].double()
+    assert (stored[:, 1] - alone).abs().max() < 1e-5
+    assert change(key.bfloat16(), basis.key).dtype == torch.bfloat16
+    assert change(key[:0], basis.key).shape == (0, HEADS, SIZE)
+
+
+@pytest.mark.parametrize(("sparsity", "spread"), [(0.0, (1.0, 1.5)), (0.5, (2.0, 3.0))])
+def test_whole_keys_are_spread_and_pruned_keys_are_not(sparsity, spread):
+    """Largest to mean size of the coordinates, root mean squares over the keys of one head."""
+    config = SparseKVConfig(sparsity, 0.5, "int4", "int4")
+    fmt = SparseFormat.from_config(config, SIZE, torch.float32)
+    x = vectors(HEADS, 4000, SIZE) * torch.logspace(0, 1, SIZE, dtype=torch.float64)
+    moment = x.mT @ x / 4000
+    basis = Basis.calibrated(fmt, calibrate.key_matrices(moment, moment))
+    stored = change(x.transpose(0, 1).float(), basis.key)
+    size = stored.square().mean(0).sqrt()
+    ratio = size.amax(-1) / size.mean(-1)
+    assert spread[0] <= ratio.min() and ratio.max() < spread[1]
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "expected"),
+    [
+        (3, 1, [[0, 1, 2]]),
+        (8, 4, [[0, 1], [2, 3], [4, 5], [6, 7]]),
+        (2, 2, [[0], [1]]),
+        (2, 8, [[0]] * 4 + [[1]] * 4),
+        (1, 4, [[0]] * 4),
+    ],
+)
+def test_heads_of_tensor_parallel_ranks(heads, size, expected):
+    slices = [kv_heads_of_rank(heads, rank, size) for rank in range(size)]
+    assert [list(range(heads))[part] for part in slices] == expected
+
+
+def test_file_round_trip(tmp_path):
+    path = tmp_path / "basis.safetensors"
+    matrices = list(vectors(LAYERS, HEADS, SIZE, SIZE))
+    write_basis(path, matrices, "a-model")
+    file = BasisFile.open(str(path))
+    assert file == BasisFile(path, "a-model", SIZE, LAYERS, HEADS)
+    for index, expected in enumerate(matrices):
+        assert torch.equal(file.layer(index), expected.float())
+    for index in (-1, LAYERS):
+        with pytest.raises(ValueError, match=rf"layer {index} is not one of its 2 layers"):
+            file.layer(index)
+
+
+def test_files_of_others_are_refused(tmp_path):
+    wanted = r"sparsekv\.basis='.*': must be a file written by sparsekv-calibrate"
+    path = tmp_path / "basis.safetensors"
+    with pytest.raises(ValueError, match=f"{wanted}, there is no such file"):
+        BasisFile.open(path)
+    with pytest.raises(ValueError, match=f"{wanted}, there is no such file"):
+        BasisFile.open(tmp_path)
+    path.write_text("no tensors")
+    with pytest.raises(ValueError, match=rf"{wanted} \("):
+        BasisFile.open(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=f"{wanted}, this is another safetensors file"):
+        BasisFile.open(path)
+    header = {"kind": "vllm_sparsekv key basis", "version": "2"}
+    save_file({"x": torch.zeros(1)}, path, header)
+    with pytest.raises(ValueError, match=f"{wanted} of version 1, this is version 2"):
+        BasisFile.open(path)
+    header |= {"version": "1", "model": "m", "head_size": "16", "num_layers": "1"}
+    save_file({"x": torch.zeros(1)}, path, header | {"num_kv_heads": "1"})
+    with pytest.raises(ValueError, match=f"{wanted}, layers are missing"):
+        BasisFile.open(path)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS * GROUP,
+        num_key_value_heads=HEADS,
+        head_dim=SIZE,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    words.pre_tokenizer = Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
+    return path
+
+
+def test_observed_attention_is_the_model_itself(model_path):
+    plain = LlamaForCausalLM.from_pretrained(model_path).eval()
+    tokens = torch.arange(50).unsqueeze(0)
+    with torch.inference_mode():
+        expected = plain(tokens).logits
+        calibrate.calibrate(plain, tokens)
+        got = plain(tokens).logits
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_moments_of_one_attention_layer():
+    """Two queries of one head; the first sees one key, so only the second weighs the keys."""
+    observed = calibrate.Moments()
+    layer = torch.nn.Module()
+    layer.layer_idx = 0
+    key = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 2)
+    query = torch.tensor([[3.0, 0.0], [1.0, 0.0]]).view(1, 1, 2, 2)
+    value = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 2)
+    out, _ = observed.attention(layer, query, key, value, None, scaling=math.log(3))
+    # Scores of the second query: log 3 and 0, so p = 3 / 4 and 1 / 4; twice observed.
+    assert torch.allclose(out, torch.tensor([[1.0, 0.0], [0.75, 0.25]]).view(1, 2, 1, 2))
+    observed.attention(layer, query, key, value, None, scaling=math.log(3))
+    weight = 2 * 3 / 16
+    expected = torch.tensor([[weight, 0], [0, 4 * weight]], dtype=torch.float64)
+    assert (observed.key[0][0] - expected).abs().max() < 1e-6
+    expected = torch.tensor([[20.0, 0], [0, 0]], dtype=torch.float64)
+    assert torch.equal(observed.query[0][0], expected)
+
+
+def test_command(model_path, tmp_path, capsys):
+    text, output = tmp_path / "words.txt", tmp_path / "basis.safetensors"
+    text.write_text(" ".join(f"w{i * i % 97}" for i in range(130)))
+    command = [str(model_path), "--text", str(text), "--output", str(output), "--device", "cpu"]
+    calibrate.main([*command, "--tokens", "129", "--length", "64"])
+    assert "2 layers, 128 tokens, condition " in capsys.readouterr().out
+    file = BasisFile.open(output)
+    assert (file.head_size, file.num_layers, file.num_kv_heads) == (SIZE, LAYERS, HEADS)
+    assert file.model == model_path.name
+    for index in range(LAYERS):
+        matrices = file.layer(index).double()
+        assert torch.linalg.det(matrices).abs().sub(1).abs().max() < 1e-5
+        assert torch.linalg.cond(matrices).min() > 1
+        assert torch.linalg.cond(matrices).max() <= 100
+    with pytest.raises(SystemExit, match=r"words.txt: 130 tokens, must be >= 8192 \(--tokens\)"):
+        calibrate.main(command)
+    with pytest.raises(SystemExit, match="error: "):
+        calibrate.main([str(tmp_path / "nothing"), "--text", str(text)])
+    with pytest.raises(SystemExit):
+        calibrate.main([*command, "--length", "1"])
+    assert "--length 1: must be > 1 and <= --tokens 8192" in capsys.readouterr().err
