@@ -241,3 +241,6 @@ def test_command(model_path, tmp_path, capsys):
     with pytest.raises(SystemExit):
         calibrate.main([*command, "--length", "1"])
     assert "--length 1: must be > 1 and <= --tokens 8192" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        calibrate.parse([str(model_path), "--text", str(text), "--output", "no/basis"])
+    assert "--output no/basis: there is no folder no" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 KIND = "vllm_sparsekv key basis"
 VERSION = "1"
@@ -89,7 +89,7 @@ def write_basis(path: str | Path, matrices: list[torch.Tensor], model: str) -> N
         "num_kv_heads": str(num_kv_heads),
     }
     tensors = {_name(index): x.float().contiguous() for index, x in enumerate(matrices)}
-    save_file(tensors, path, metadata)
+    Path(path).write_bytes(save(tensors, metadata))
 
 
 def _name(layer: int) -> str:

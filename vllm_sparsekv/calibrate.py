@@ -173,6 +173,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not 1 < args.length <= args.tokens:
         parser.error(f"--length {args.length}: must be > 1 and <= --tokens {args.tokens}")
+    if not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
     return args
 
 

@@ -1,0 +1,102 @@
+"""One attention layer of the real backend with calibrated keys, without an engine around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from engines import MODEL
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    init_distributed_environment,
+    initialize_model_parallel,
+)
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_sparsekv.backend import SparseKVImpl, SparseKVMetadata
+from vllm_sparsekv.basis import Basis, change
+from vllm_sparsekv.basis_file import write_basis
+from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
+
+LAYERS, HEADS, KV_HEADS, SIZE, TOKENS = 30, 9, 3, 64, 40
+
+
+@pytest.fixture(scope="module")
+def matrices() -> torch.Tensor:
+    """(LAYERS, KV_HEADS, SIZE, SIZE), scaled rotations of which no two are alike."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(LAYERS, KV_HEADS, SIZE, SIZE, generator=generator)
+    return torch.linalg.qr(random).Q * torch.logspace(-0.5, 0.5, SIZE)
+
+
+@pytest.fixture(scope="module", params=[0.0, 0.5], ids=["whole", "pruned"])
+def config(
+    request, matrices: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[VllmConfig]:
+    folder: Path = tmp_path_factory.mktemp("basis")
+    write_basis(folder / "basis.safetensors", list(matrices), "demo")
+    settings = {
+        "key_sparsity": request.param,
+        "value_sparsity": 0.0,
+        "key_dtype": "int4",
+        "value_dtype": "auto",
+        "window": 0,
+        "basis": str(folder / "basis.safetensors"),
+    }
+    engine = EngineArgs(
+        model=str(MODEL),
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=1024,
+        attention_backend="sparsekv",
+        additional_config={"sparsekv": settings},
+    )
+    config = engine.create_engine_config()
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{folder / 'store'}", 0, "gloo")
+        initialize_model_parallel()
+        yield config
+        destroy_model_parallel()
+        destroy_distributed_environment()
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Of one query after all keys, (HEADS, SIZE)."""
+    key, value = (x.repeat_interleave(HEADS // KV_HEADS, 1) for x in (key, value))
+    weight = (torch.einsum("hd,nhd->hn", query, key) * SIZE**-0.5).softmax(-1)
+    return torch.einsum("hn,nhd->hd", weight, value)
+
+
+def test_a_layer_takes_its_own_matrices(config: VllmConfig, matrices: torch.Tensor) -> None:
+    """History reads back as layer 7's basis leaves it; the step's own tokens are exact."""
+    impl = SparseKVImpl(HEADS, SIZE, SIZE**-0.5, KV_HEADS)
+    layer = torch.nn.Module()
+    layer.layer_name = "model.layers.7.self_attn.attn"
+    generator = torch.Generator().manual_seed(1)
+    query = torch.randn(TOKENS + 1, HEADS, SIZE, generator=generator)
+    key, value = torch.randn(2, TOKENS + 1, KV_HEADS, SIZE, generator=generator)
+    pages = torch.zeros(2, KV_HEADS, 64, impl.format.token_bytes, dtype=torch.uint8)
+    out = torch.empty_like(query)
+    for start, stop in ((0, TOKENS), (TOKENS, TOKENS + 1)):
+        step = slice(start, stop)
+        metadata = SparseKVMetadata(
+            stop - start,
+            torch.tensor([0, stop - start], dtype=torch.int32),
+            torch.tensor([stop], dtype=torch.int32),
+            torch.tensor([[1]], dtype=torch.int32),
+            64 + torch.arange(start, stop),
+        )
+        arguments = (query[step], key[step], value[step], pages, metadata, out[step])
+        impl.forward(layer, *arguments)
+    exact = attention(query[TOKENS - 1], key[:TOKENS], value[:TOKENS])
+    assert (out[TOKENS - 1] - exact).abs().max() < 1e-5
+    basis = Basis.calibrated(impl.format, matrices[7])
+    packed = pack_vectors(change(key[:TOKENS], basis.key), impl.format.key)
+    stored = change(unpack_vectors(*packed, impl.format.key), basis.query.mT)
+    expected = attention(query[TOKENS], torch.cat([stored, key[TOKENS:]]), value)
+    assert (out[TOKENS] - expected).abs().max() < 1e-5
+    assert (expected - attention(query[TOKENS], key, value)).abs().max() > 1e-3
