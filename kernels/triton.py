@@ -5,12 +5,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_sparsekv.codecs import Int3Codec, Int4Codec
 from vllm_sparsekv.format import VectorFormat
 
 AUTO = tl.constexpr(0)
 FP8 = tl.constexpr(1)
 INT4 = tl.constexpr(2)
-CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2}
+INT3 = tl.constexpr(3)
+CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2, "int3": 3}
+"""Integer codecs from INT4 on."""
+
+_STEPS4 = tl.constexpr(float(Int4Codec.steps))
+_STEPS3 = tl.constexpr(float(Int3Codec.steps))
 
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding, then subtracting it rounds |x| < 2**22 to an integer, ties to even."""
@@ -73,28 +79,32 @@ def decode_fp8(code):
 
 
 @triton.jit
-def int4_scale(x, survives):
+def int_scale(x, survives, BITS: tl.constexpr):
     """Step, in the bits of float16, and zero of each row of x (rows, D) float32, both int32."""
+    STEPS: tl.constexpr = _STEPS4 if BITS == 4 else _STEPS3
+    UNITS: tl.constexpr = 2 ** (7 - BITS)
     low = tl.minimum(tl.min(tl.where(survives, x, 0.0), axis=1), 0.0)
     high = tl.maximum(tl.max(tl.where(survives, x, 0.0), axis=1), 0.0)
     broken = tl.max((survives & ~(tl.abs(x) < float("inf"))).to(tl.int32), axis=1) > 0
-    wide = tl.math.div_rn(high - low, tl.full(low.shape, 15.0, tl.float32)).to(tl.float16)
+    wide = tl.math.div_rn(high - low, tl.full(low.shape, STEPS, tl.float32)).to(tl.float16)
     step = (wide.to(tl.int16, bitcast=True).to(tl.int32) + 0x20) & 0x7FC0
     step = tl.where(broken | (step >= 0x7C00), 0x7FC0, step)
-    zero = 60.0 - tl.math.div_rn(4.0 * (low + high), _float(step))
+    zero = UNITS * (2**BITS - 1) / 2 - tl.math.div_rn(UNITS / 2 * (low + high), _float(step))
     zero = tl.where(tl.abs(zero) < float("inf"), zero, 0.0)
     return step, _round(tl.minimum(tl.maximum(zero, 0.0), 127.0))
 
 
 @triton.jit
-def encode_int4(x, step, zero):
-    """float32 -> codes 0..15 in int32, NaN to 0."""
-    code = tl.math.div_rn(x, tl.broadcast_to(_float(step), x.shape)) + zero.to(tl.float32) * 0.125
-    return _round(tl.where(code == code, tl.minimum(tl.maximum(code, 0.0), 15.0), 0.0))
+def encode_int(x, step, zero, BITS: tl.constexpr):
+    """float32 -> codes 0 .. 2**BITS - 1 in int32, NaN to 0."""
+    LARGEST: tl.constexpr = 2.0**BITS - 1
+    code = tl.math.div_rn(x, tl.broadcast_to(_float(step), x.shape))
+    code += zero.to(tl.float32) * (2.0 ** (BITS - 7))
+    return _round(tl.where(code == code, tl.minimum(tl.maximum(code, 0.0), LARGEST), 0.0))
 
 
 @triton.jit
-def load_int4_scale(scale, visible):
+def load_scale(scale, visible):
     """Step, float32, and zero, int32, of the scales at these pointers; 0 where not visible."""
     scale = scale.to(tl.pointer_type(tl.uint16))
     if visible is None:

@@ -35,6 +35,8 @@ CACHES = {
     "int4": (0.5, "int4", 0.5, "int4"),
     "all int4 keys, int4": (0.0, "int4", 0.5, "int4"),
     "all int4": (0.0, "int4", 0.0, "int4"),
+    "all int4, int3": (0.0, "int4", 0.0, "int3"),
+    "all int3": (0.0, "int3", 0.0, "int3"),
 }
 """Sparsity and codec of keys, then of values."""
 
@@ -60,13 +62,17 @@ DECODE = {
     (80, "fp8"): 6.5,
     (80, "int4"): 5.6,
     (80, "all int4 keys, int4"): 4.25,
+    (80, "all int4, int3"): 2.85,
     (90, "auto"): 6.0,
     (90, "fp8"): 4.3,
     (90, "int4"): 5.6,
     (90, "all int4 keys, int4"): 4.25,
     (90, "all int4"): 2.65,
+    (90, "all int4, int3"): 2.85,
+    (90, "all int3"): 2.95,
     (100, "int4"): 5.6,
     (100, "all int4 keys, int4"): 4.1,
+    (100, "all int4, int3"): 2.7,
 }
 """(compute capability * 10, cache) -> instructions per unpacked element of keys and values."""
 
@@ -91,9 +97,9 @@ def test_decode(capability, cache):
         ("int4", 128, 32, 64),
         ("auto", 128, 32, 256),
         ("int4", 256, 32, 64),
-        ("all int4 keys, int4", 256, 8, 64),
-        ("all int4 keys, int4", 96, 8, 64),
-        ("all int4 keys, int4", 128, 32, 64),
+        ("all int4, int3", 256, 8, 64),
+        ("all int4, int3", 96, 8, 64),
+        ("all int4, int3", 128, 32, 64),
     ],
 )
 def test_other_shapes_do_not_spill(cache, head_size, rows, block_size):
@@ -105,9 +111,10 @@ def test_other_shapes_do_not_spill(cache, head_size, rows, block_size):
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("codec", ["auto", "fp8", "int4"])
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3"])
 def test_pack_does_not_spill(capability, codec):
-    config = SparseKVConfig(0.5, 0.5, codec, codec, 64)
+    sparsity = 0.0 if codec == "int3" else 0.5
+    config = SparseKVConfig(sparsity, sparsity, codec, codec, 64)
     fmt = SparseFormat.from_config(config, 128, torch.bfloat16)
     pointers = {"key": "*bf16", "value": "*bf16", "slot_mapping": "*i64", "pages": "*u8"}
     _, stack = sass.resources(pack._pack, pointers, pack_constants(fmt, 64), capability, 4)

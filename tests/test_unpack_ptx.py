@@ -6,7 +6,13 @@ import numpy as np
 import ptx_emulator
 import pytest
 
-from vllm_sparsekv.kernels.attention.ptx import ELEMENTS, OVERRUN, decode_word, unpack_word
+from vllm_sparsekv.kernels.attention.ptx import (
+    CODE_SHIFTS,
+    ELEMENTS,
+    OVERRUN,
+    decode_word,
+    unpack_word,
+)
 
 WORDS = (
     [0, 0xFFFFFFFF, 1, 0x80000000, 0xFFFF, 0xFFFF0000, 0x55555555, 0xAAAAAAAA, 0x0F0F0F0F]
@@ -104,11 +110,18 @@ def test_fp8_of_a_whole_vector(converts_fp8):
     assert (actual.view(np.float16) == fp8_values(codes)).all()
 
 
-def test_int4_of_a_whole_vector():
-    codes = np.random.default_rng(0).integers(16, size=(100, 8))
-    words = (codes << 4 * np.arange(8)).sum(1)
-    actual = halves(ptx_emulator.run(decode_word("int4", True), [words], 4))
-    assert (actual == (codes * np.tile([1, 16], 4))[:, [0, 4, 1, 5, 2, 6, 3, 7]]).all()
+@pytest.mark.parametrize(("codec", "bits", "words"), [("int4", 4, 1), ("int3", 3, 3)])
+def test_integers_of_a_whole_vector(codec, bits, words):
+    shifts = np.array(CODE_SHIFTS[codec])
+    outputs = len(shifts)
+    codes = np.random.default_rng(0).integers(2**bits, size=(100, 2 * outputs))
+    codes[:2] = [[0], [2**bits - 1]]
+    streams = [sum(int(code) << bits * i for i, code in enumerate(row)) for row in codes]
+    inputs = [np.array([x >> 32 * i & 0xFFFFFFFF for x in streams]) for i in range(words)]
+    actual = halves(ptx_emulator.run(decode_word(codec, True), inputs, outputs))
+    assert (actual[:, 0::2] == codes[:, :outputs] << shifts).all()
+    assert (actual[:, 1::2] == codes[:, outputs:] << shifts).all()
+    assert actual.max() < 1024, "not a subnormal float16"
 
 
 @pytest.mark.parametrize("codec", BITS)

@@ -27,8 +27,10 @@ CACHES = {
     "int4-50-50": SparseKVConfig(0.5, 0.5, "int4", "int4", 64),
     "int4-0-50": SparseKVConfig(0.0, 0.5, "int4", "int4", 64),
     "int4-0-0": SparseKVConfig(0.0, 0.0, "int4", "int4", 64),
+    "int4-int3-0-0": SparseKVConfig(0.0, 0.0, "int4", "int3", 64),
+    "int3-0-0": SparseKVConfig(0.0, 0.0, "int3", "int3", 64),
 }
-"""Codec, then sparsity of keys and of values in percent."""
+"""Codecs, then sparsity of keys and of values in percent."""
 DTYPE = torch.bfloat16
 
 

@@ -20,7 +20,7 @@ two neighbouring 16-bit elements each (.b32), then
 
 ``shfl`` needs all lanes of the warp, which Triton's elementwise code always has.
 
-Vectors that keep all their elements have no bitmap: :func:`decode_word` is their 32 bits.
+Vectors that keep all their elements have no bitmap: :func:`decode_word` takes 32 of their bits.
 """
 
 from __future__ import annotations
@@ -63,34 +63,76 @@ def unpack_word(codec: str, converts_fp8: bool) -> str:
     return "\n".join(["{", *declarations, *unpack, "}"])
 
 
-def decoded_elements(codec: str) -> int:
-    """Elements in 32 bits of a vector that keeps all of them."""
-    return {"fp8": 4, "int4": 8}[codec]
-
-
 def decode_constraints(codec: str) -> str:
     """Operand constraints of :func:`decode_word`."""
-    return ",".join(["=r"] * (decoded_elements(codec) // 2) + ["r"])
+    outputs, words = {"fp8": (2, 1), "int4": (4, 1), "int3": (16, 3)}[codec]
+    return ",".join(["=r"] * outputs + ["r"] * words)
 
 
 def decode_word(codec: str, converts_fp8: bool) -> str:
-    """32 bits of packed elements (.b32, the last operand) to as many float16.
+    """32 bits of packed elements, 96 of int3, to as many 16-bit elements, two an output.
 
-    fp8 keeps the order of elements. int4 puts out elements 0 4 1 5 2 6 3 7, each as the float16
-    ``n * 2**-24``, where n is the code for elements 0, 4, 2, 6 and 16 times the code for the
-    others.
+    Inputs (.b32) are the words, after 2 outputs for fp8, 4 for int4 and 16 for int3. fp8 keeps the
+    order of elements. Output i of the integer codecs is elements i and i + n, n the number of
+    outputs, each as the float16 ``(code << shift) * 2**-24`` with shift ``CODE_SHIFTS[codec][i]``.
     """
-    word = f"${decoded_elements(codec) // 2}"
-    lines = [".reg .b32 four, zero, pair, code, scale;", ".reg .b16 half<2>;", "mov.b32 zero, 0;"]
+    lines = [
+        ".reg .b32 four, zero, pair, code, scale, more;",
+        ".reg .b32 word<3>;",
+        ".reg .b16 half<2>;",
+        "mov.b32 zero, 0;",
+    ]
     if codec == "fp8":
-        lines += [f"mov.b32 four, {word};", *_float16_of_fp8(0, converts_fp8)]
+        lines += ["mov.b32 four, $2;", *_float16_of_fp8(0, converts_fp8)]
+    elif codec == "int4":
+        lines.append("shr.u32 four, $4, 8;")
+        for out, shift in enumerate(CODE_SHIFTS["int4"]):
+            lines.append(
+                f"and.b32 ${out}, {'$4' if out < 2 else 'four'}, {0x000F000F << shift:#x};"
+            )
     else:
-        for out, mask in enumerate(("0x000f000f", "0x00f000f0") * 2):
-            if out == 2:
-                lines.append(f"shr.u32 four, {word}, 8;")
-            source = word if out < 2 else "four"
-            lines.append(f"and.b32 ${out}, {source}, {mask};")
+        lines += _decode_int3()
     return "\n".join(["{", *lines, "}"])
+
+
+CODE_SHIFTS = {"int4": (0, 4, 0, 4), "int3": (0, 3, 6, 0, 3, 0, 2, 5, 0, 3, 0, 1, 4, 7, 0, 3)}
+"""Where the codes of an output of :func:`decode_word` lie in its halves."""
+
+
+def _decode_int3() -> list[str]:
+    """Two streams of sixteen codes, one a half word."""
+
+    def codes(source: str, *outputs: int) -> list[str]:
+        shifts = CODE_SHIFTS["int3"]
+        return [f"and.b32 ${out}, {source}, {0x00070007 << shifts[out]:#x};" for out in outputs]
+
+    def straddling(out: int, low: int, taken: int) -> list[str]:
+        """A code with its ``taken`` low bits at the top of a half word, the rest in the next."""
+        mask = (1 << taken) - 1
+        return [
+            f"shr.u32 code, word{low}, {16 - taken};",
+            f"and.b32 code, code, {mask * 0x00010001:#x};",
+            f"shl.b32 more, word{low + 1}, {taken};",
+            f"and.b32 more, more, {(7 - mask) * 0x00010001:#x};",
+            f"or.b32 ${out}, code, more;",
+        ]
+
+    return [
+        "prmt.b32 word0, $16, $17, 0x7610;",
+        "prmt.b32 word1, $16, $18, 0x5432;",
+        "prmt.b32 word2, $17, $18, 0x7610;",
+        *codes("word0", 0, 1, 2),
+        "shr.u32 four, word0, 9;",
+        *codes("four", 3, 4),
+        *straddling(5, 0, taken=1),
+        *codes("word1", 6, 7),
+        "shr.u32 four, word1, 8;",
+        *codes("four", 8, 9),
+        *straddling(10, 1, taken=2),
+        *codes("word2", 11, 12, 13),
+        "shr.u32 four, word2, 10;",
+        *codes("four", 14, 15),
+    ]
 
 
 def _nibble_selector(nibble: int) -> int:

@@ -24,8 +24,8 @@ from vllm_sparsekv.kernels.attention.launch import (
 )
 from vllm_sparsekv.kernels.attention.softmax import fold, in_float16, merge_splits
 from vllm_sparsekv.kernels.attention.unpack import (
-    INT4_STEP,
-    INT4_ZERO,
+    code_step,
+    code_zero,
     decoded_query,
     encoded_order,
     unpack_tile,
@@ -226,16 +226,18 @@ def _attend(
     # The words of quantised codecs unpack to float16, whatever the model dtype.
     K_DTYPE: tl.constexpr = q.dtype if K_CODEC == AUTO or not WORDS else tl.float16
     V_DTYPE: tl.constexpr = q.dtype if V_CODEC == AUTO or not WORDS else tl.float16
+    K_CODES: tl.constexpr = WORDS and K_CODEC >= INT4
+    V_CODES: tl.constexpr = WORDS and V_CODEC >= INT4
     k_query = q
     k_scale = tl.full([ROWS], 1.0, tl.float32) * scale
     if q.dtype != K_DTYPE:
         k_query, row_scale = in_float16(q)
         k_scale *= row_scale
-    if K_CODEC == INT4 and WORDS:
-        query_sum = tl.sum(k_query.to(tl.float32), axis=1) * INT4_ZERO
-        k_scale *= INT4_STEP
+    if K_CODES:
+        query_sum = tl.sum(k_query.to(tl.float32), axis=1) * code_zero(K_CODEC)
+        k_scale *= code_step(K_CODEC)
         if K_BITMAP_BYTES == 0:
-            k_query = decoded_query(k_query)
+            k_query = decoded_query(k_query, K_CODEC)
 
     # Sums over tokens stay apart by their place in the tile until all tiles are done.
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -295,7 +297,7 @@ def _attend(
                 CONVERTS_FP8,
             )
             scores = tl.dot(k, query_columns, input_precision="ieee")
-            if K_CODEC == INT4 and WORDS:
+            if K_CODES:
                 scores = (scores - query_sum[None, :] * k_zero[:, None]) * k_step[:, None]
             if masked:
                 scores = tl.where(visible[:, None], scores, float("-inf"))
@@ -318,7 +320,7 @@ def _attend(
             correction = tl.exp2(maximum - shift)
             maximum = raised
             totals = totals * correction[None, :] + weights
-            if V_CODEC == INT4 and WORDS:
+            if V_CODES:
                 # Steps join the weights, over the largest so far so that they fit float16.
                 larger = tl.maximum(largest, tl.max(v_step, axis=0))
                 correction *= largest / larger
@@ -332,11 +334,11 @@ def _attend(
                 input_precision="ieee",
             )
     total = tl.sum(totals, axis=0)
-    if V_CODEC == INT4 and WORDS:
-        zero = tl.sum(zeros, axis=0) * INT4_ZERO
+    if V_CODES:
+        zero = tl.sum(zeros, axis=0) * code_zero(V_CODEC)
         if V_BITMAP_BYTES == 0:
-            weighted = encoded_order(weighted)
-        weighted = (weighted - zero[None, :]) * (largest * INT4_STEP)
+            weighted = encoded_order(weighted, V_CODEC)
+        weighted = (weighted - zero[None, :]) * (largest * code_step(V_CODEC))
     weighted = tl.trans(weighted)
 
     if split == 0:

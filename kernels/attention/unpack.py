@@ -10,16 +10,13 @@ import triton
 import triton.language as tl
 
 from vllm_sparsekv.kernels.attention.ptx import (
+    CODE_SHIFTS,
     constraints,
     decode_constraints,
     decode_word,
     unpack_word,
 )
-from vllm_sparsekv.kernels.triton import AUTO, FP8, INT4, decode_fp8, load_int4_scale
-
-INT4_STEP = tl.constexpr(2.0**20)
-INT4_ZERO = tl.constexpr(2.0**-23)
-"""Tiles of INT4 count sixteenths of a code in units of 2**-24, zeros are eighths."""
+from vllm_sparsekv.kernels.triton import AUTO, FP8, INT3, INT4, decode_fp8, load_scale
 
 _AUTO = tl.constexpr(unpack_word("auto", True))
 _FP8 = tl.constexpr(unpack_word("fp8", True))
@@ -31,8 +28,34 @@ _INT4_OPERANDS = tl.constexpr(constraints("int4"))
 _ALL_FP8 = tl.constexpr(decode_word("fp8", True))
 _ALL_FP8_WIDENED = tl.constexpr(decode_word("fp8", False))
 _ALL_INT4 = tl.constexpr(decode_word("int4", True))
+_ALL_INT3 = tl.constexpr(decode_word("int3", True))
 _ALL_FP8_OPERANDS = tl.constexpr(decode_constraints("fp8"))
 _ALL_INT4_OPERANDS = tl.constexpr(decode_constraints("int4"))
+_ALL_INT3_OPERANDS = tl.constexpr(decode_constraints("int3"))
+
+
+def _unit_exponents(codec: str, largest: int) -> tl.constexpr:
+    """By output of ``decode_word``, a nibble each: exponents of 2 that make all codes alike."""
+    return tl.constexpr(sum(largest - x << 4 * i for i, x in enumerate(CODE_SHIFTS[codec])))
+
+
+_INT4_UNITS = _unit_exponents("int4", 4)
+_INT3_UNITS = _unit_exponents("int3", 7)
+
+
+@triton.jit
+def code_step(CODEC: tl.constexpr):
+    """What a step is multiplied with for integer tiles in words.
+
+    They count 16ths of a code, INT3's 128ths, in units of 2**-24.
+    """
+    return 2.0**17 if CODEC == INT3 else 2.0**20
+
+
+@triton.jit
+def code_zero(CODEC: tl.constexpr):
+    """An 8th of a code, for INT3 a 16th, what a scale's zero counts, in the units of such tiles."""
+    return 2.0**-21 if CODEC == INT3 else 2.0**-23
 
 
 @triton.jit
@@ -51,8 +74,8 @@ def unpack_tile(
 ):
     """Vectors of TILE tokens: tile (TILE, PADDED) DTYPE, step (TILE,) float32, zero (TILE,) int32.
 
-    A vector is ``INT4_STEP * step * (tile - INT4_ZERO * zero)`` for INT4 in words, else ``tile``;
-    INT4 in words without a bitmap is in the order and units of :func:`decoded_query`.
+    A vector is ``code_step * step * (tile - code_zero * zero)`` for integers in words, else
+    ``tile``; integers in words without a bitmap are in the order of :func:`decoded_query`.
 
     Args:
         bitmap_at: (TILE,) pointers to uint8, each token's bitmap.
@@ -64,8 +87,8 @@ def unpack_tile(
     """
     step = tl.full([bitmap_at.shape[0]], 1.0, tl.float32)
     zero = tl.zeros([bitmap_at.shape[0]], tl.int32)
-    if CODEC == INT4:
-        step, zero = load_int4_scale(scale_at, visible)
+    if CODEC >= INT4:
+        step, zero = load_scale(scale_at, visible)
     if not WORDS:
         tile = unpack_elements(
             bitmap_at, values_at, step, zero, visible, D, PADDED, BITMAP_BYTES, CODEC, DTYPE
@@ -133,7 +156,7 @@ def decode_words(
 ):
     """As :func:`unpack_words` for vectors that keep all their elements.
 
-    INT4 comes out in the order and units of :func:`decoded_query`.
+    Integers come out in the order of :func:`decoded_query`.
     """
     words = values_at.to(tl.pointer_type(tl.int32))
     if CODEC == AUTO:
@@ -142,45 +165,63 @@ def decode_words(
         word = _load_rows(words, visible, D // 4, PADDED // 4)
         text: tl.constexpr = _ALL_FP8 if CONVERTS_FP8 else _ALL_FP8_WIDENED
         return _halves(text, _ALL_FP8_OPERANDS, [word], DTYPE, 2)
-    else:
+    elif CODEC == INT4:
         word = _load_rows(words, visible, D // 8, PADDED // 8)
         return _halves(_ALL_INT4, _ALL_INT4_OPERANDS, [word], DTYPE, 4)
+    else:
+        low = _load_rows(words, visible, D // 32, PADDED // 32, 3)
+        middle = _load_rows(words + 1, visible, D // 32, PADDED // 32, 3)
+        high = _load_rows(words + 2, visible, D // 32, PADDED // 32, 3)
+        return _halves(_ALL_INT3, _ALL_INT3_OPERANDS, [low, middle, high], DTYPE, 16)
 
 
 @triton.jit
-def decoded_query(q):
-    """q (ROWS, PADDED) for a product with INT4 tiles of :func:`decode_words`.
+def decoded_query(q, CODEC: tl.constexpr):
+    """q (ROWS, PADDED) for a product with integer tiles of :func:`decode_words`.
 
-    Of each eight elements such a tile has 0 4 1 5 2 6 3 7, codes for even elements in units of
-    2**-24, for odd ones in sixteenths of that; here the even ones are multiplied by 16.
+    Such a tile has of each 2 n elements 0 n 1 n + 1 ..., n = 4 for INT4 and 16 for INT3, codes in
+    units that depend on the element; here elements are multiplied so that all count alike.
     """
     ROWS: tl.constexpr = q.shape[0]
     PADDED: tl.constexpr = q.shape[1]
-    units = tl.where(tl.arange(0, PADDED) % 2 == 0, 16.0, 1.0).to(q.dtype)
-    grouped = tl.reshape(q * units[None, :], [ROWS, PADDED // 8, 2, 4])
+    HALF: tl.constexpr = 16 if CODEC == INT3 else 4
+    alike = (q.to(tl.float32) * _units(PADDED, CODEC)[None, :]).to(q.dtype)
+    grouped = tl.reshape(alike, [ROWS, PADDED // (2 * HALF), 2, HALF])
     return tl.reshape(tl.permute(grouped, [0, 1, 3, 2]), [ROWS, PADDED])
 
 
 @triton.jit
-def encoded_order(weighted):
-    """Sums (PADDED, ROWS) over such a tile, their elements in order again, all in sixteenths."""
+def encoded_order(weighted, CODEC: tl.constexpr):
+    """Sums (PADDED, ROWS) over such a tile, their elements in order again and counting alike."""
     PADDED: tl.constexpr = weighted.shape[0]
     ROWS: tl.constexpr = weighted.shape[1]
-    grouped = tl.reshape(weighted, [PADDED // 8, 4, 2, ROWS])
+    HALF: tl.constexpr = 16 if CODEC == INT3 else 4
+    grouped = tl.reshape(weighted, [PADDED // (2 * HALF), HALF, 2, ROWS])
     ordered = tl.reshape(tl.permute(grouped, [0, 2, 1, 3]), [PADDED, ROWS])
-    return ordered * tl.where(tl.arange(0, PADDED) % 2 == 0, 16.0, 1.0)[:, None]
+    return ordered * _units(PADDED, CODEC)[:, None]
 
 
 @triton.jit
-def _load_rows(row, visible, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def _units(PADDED: tl.constexpr, CODEC: tl.constexpr):
+    """(PADDED,) float32 powers of two, by element."""
+    HALF: tl.constexpr = 16 if CODEC == INT3 else 4
+    EXPONENTS: tl.constexpr = _INT3_UNITS if CODEC == INT3 else _INT4_UNITS
+    place = (tl.arange(0, PADDED) % HALF * 4).to(tl.int64)
+    exponent = (tl.full([PADDED], EXPONENTS, tl.int64) >> place) & 15
+    return (1 << exponent).to(tl.float32)
+
+
+@triton.jit
+def _load_rows(row, visible, WIDTH: tl.constexpr, PADDED: tl.constexpr, STRIDE: tl.constexpr = 1):
     """(TILE, PADDED) from (TILE,) pointers; 0 from WIDTH on and in rows that are not visible."""
     column = tl.arange(0, PADDED)[None, :]
+    place = row[:, None] + column * STRIDE
     if visible is not None:
-        return tl.load(row[:, None] + column, mask=visible[:, None] & (column < WIDTH), other=0)
+        return tl.load(place, mask=visible[:, None] & (column < WIDTH), other=0)
     elif WIDTH == PADDED:
-        return tl.load(row[:, None] + column)
+        return tl.load(place)
     else:
-        return tl.load(row[:, None] + column, mask=column < WIDTH, other=0)
+        return tl.load(place, mask=column < WIDTH, other=0)
 
 
 @triton.jit
@@ -229,7 +270,7 @@ def unpack_elements(
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
 ):
-    """Vectors of TILE tokens as (TILE, PADDED) DTYPE, for any D and DTYPE; INT4 all decoded."""
+    """Vectors of TILE tokens as (TILE, PADDED) DTYPE, for any D and DTYPE; integers decoded."""
     element = tl.arange(0, PADDED)[None, :]
     kept = tl.broadcast_to(element < D, [values_at.shape[0], PADDED])
     if visible is not None:
@@ -247,7 +288,13 @@ def unpack_elements(
         code = tl.load(values_at[:, None] + rank, mask=kept, other=0)
         return decode_fp8(code.to(tl.int32)).to(DTYPE)
     else:
-        packed = tl.load(values_at[:, None] + rank // 2, mask=kept, other=0)
-        code = (packed.to(tl.int32) >> (rank % 2 * 4)) & 15
-        value = step[:, None] * (code.to(tl.float32) - zero[:, None].to(tl.float32) * 0.125)
+        BITS: tl.constexpr = 4 if CODEC == INT4 else 3
+        first = rank * BITS
+        byte = values_at[:, None] + first // 8
+        packed = tl.load(byte, mask=kept, other=0).to(tl.int32)
+        if CODEC == INT3:
+            more = tl.load(byte + 1, mask=kept & (first % 8 > 5), other=0).to(tl.int32)
+            packed |= more << 8
+        code = ((packed >> (first % 8)) & (2**BITS - 1)).to(tl.float32)
+        value = step[:, None] * (code - zero[:, None].to(tl.float32) * (2.0 ** (BITS - 7)))
         return tl.where(kept, value, 0).to(DTYPE)

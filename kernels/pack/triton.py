@@ -15,9 +15,10 @@ from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.kernels.triton import (
     AUTO,
     FP8,
+    INT4,
     encode_fp8,
-    encode_int4,
-    int4_scale,
+    encode_int,
+    int_scale,
     vector_constants,
 )
 
@@ -167,10 +168,11 @@ def _pack_rows(
         tl.store(values[:, None] + rank, code.to(tl.uint8), mask=stored)
     else:
         x = tl.where(magnitude == 0, 0.0, x.to(tl.float32))
-        step, zero = int4_scale(x, survives)
-        code = encode_int4(x, step[:, None], zero[:, None])
+        CODE_BITS: tl.constexpr = 4 if CODEC == INT4 else 3
+        step, zero = int_scale(x, survives, CODE_BITS)
+        code = encode_int(x, step[:, None], zero[:, None], CODE_BITS)
         if SURVIVORS == D:
-            _store_all_nibbles(values, code, real, D, PADDED)
+            _store_all(values, code, real, D, PADDED, CODE_BITS)
         else:
             _store_nibbles(values, code, survives, rank, real, SURVIVORS)
         scale = (step << 1 | zero).to(tl.uint16)
@@ -204,9 +206,13 @@ def _store_nibbles(values, code, survives, rank, real, SURVIVORS: tl.constexpr):
 
 
 @triton.jit
-def _store_all_nibbles(values, code, real, D: tl.constexpr, PADDED: tl.constexpr):
-    """Element 2i is the low nibble of byte i."""
-    place = tl.arange(0, PADDED // 8)[None, :]
-    nibbles = code.reshape(code.shape[0], PADDED // 8, 8) << (tl.arange(0, 8) * 4)[None, None, :]
-    words = values.to(tl.pointer_type(tl.int32))[:, None] + place
-    tl.store(words, tl.sum(nibbles, axis=2), mask=real[:, None] & (place < D // 8))
+def _store_all(values, code, real, D: tl.constexpr, PADDED: tl.constexpr, BITS: tl.constexpr):
+    """Sixteen codes are BITS half words of the stream."""
+    GROUPS: tl.constexpr = PADDED // 16
+    shift = (tl.arange(0, 16) * BITS).to(tl.int64)[None, None, :]
+    stream = tl.sum(code.reshape(code.shape[0], GROUPS, 16).to(tl.int64) << shift, axis=2)
+    group = tl.arange(0, GROUPS)[None, :]
+    half = values.to(tl.pointer_type(tl.int16))[:, None] + group * BITS
+    for i in tl.static_range(BITS):
+        word = (stream >> (16 * i)).to(tl.int16)
+        tl.store(half + i, word, mask=real[:, None] & (group < D // 16))

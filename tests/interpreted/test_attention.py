@@ -75,6 +75,28 @@ def test_vectors_without_a_bitmap(head_size, key_sparsity, value_sparsity, codec
     )
 
 
+@pytest.mark.parametrize("capability", [0, 90])
+@pytest.mark.parametrize(("key_dtype", "value_dtype"), [("int4", "int3"), ("int3", "int3")])
+@pytest.mark.parametrize("head_size", [80, 96, 128])
+def test_whole_vectors_of_int3(monkeypatch, head_size, key_dtype, value_dtype, capability):
+    """80 has no whole words."""
+    monkeypatch.setattr(attention, "capability", lambda device: capability)
+    matches(
+        CaseSpec(
+            (Request(70, 1), Request(33, 2, hit=20), Request(0, 1)),
+            head_size=head_size,
+            num_kv_heads=1,
+            group=3,
+            key_sparsity=0.0,
+            value_sparsity=0.0,
+            key_dtype=key_dtype,
+            value_dtype=value_dtype,
+            dtype=torch.bfloat16,
+            window=16,
+        )
+    )
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 @pytest.mark.parametrize("capability", [0, 80], ids=["not NVIDIA", "no fp8 conversion"])
 @pytest.mark.parametrize("codec", CODECS)

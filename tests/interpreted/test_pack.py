@@ -62,6 +62,14 @@ def test_awkward_vectors(size, key_sparsity, value_sparsity, dtype, codec):
     assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [64, 80, 128])
+def test_awkward_whole_vectors_of_int3(size, dtype):
+    fmt = SparseFormat.from_config(SparseKVConfig(0.0, 0.0, "int4", "int3", 0), size, dtype)
+    x = awkward_vectors(size, dtype)
+    assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinities_and_nans_survive_alike(dtype, codec):
