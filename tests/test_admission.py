@@ -239,6 +239,16 @@ def test_start_up_line() -> None:
     )
 
 
+def test_start_up_line_says_that_keys_are_calibrated(tmp_path: Path) -> None:
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    path = tmp_path / "basis.safetensors"
+    write_basis(path, [torch.eye(64).repeat(3, 1, 1) for _ in range(30)], "a-model")
+    config = configure(additional_config={"sparsekv": {"basis": str(path)}})
+    spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.uint8)
+    assert "effective, int4 calibrated; values" in describe(config, spec)
+
+
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.33.0+cpu"])
 def test_supported_vllm_versions(version: str) -> None:
     check_version(version)

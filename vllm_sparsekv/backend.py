@@ -134,7 +134,8 @@ def describe(vllm_config: VllmConfig, spec: AttentionSpec) -> str:
     heads = spec.num_kv_heads
     return (
         f"sparsekv: keys {asked.key_sparsity:.1%} asked, {fmt.key.sparsity:.1%} effective, "
-        f"{asked.key_dtype}; values {asked.value_sparsity:.1%} asked, "
+        f"{asked.key_dtype}{' calibrated' if asked.basis else ''}; "
+        f"values {asked.value_sparsity:.1%} asked, "
         f"{fmt.value.sparsity:.1%} effective, {asked.value_dtype}; "
         f"{heads * fmt.token_bytes} bytes per token and layer against "
         f"{heads * fmt.dense_token_bytes} dense ({fmt.dense_token_bytes / fmt.token_bytes:.2f}x); "
