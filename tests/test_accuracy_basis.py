@@ -1,0 +1,97 @@
+"""The evaluator with calibrated keys: one method per layer, rows beside those of the presets."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from vllm_sparsekv.basis_file import write_basis
+from vllm_sparsekv.config import PRESETS, SparseKVConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from quality.attention import RuleModel  # noqa: E402
+from quality.methods import DENSE, build_methods, sparse  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+
+LAYERS, KV_HEADS, SIZE = 2, 2, 64
+
+
+@pytest.fixture(scope="module")
+def basis(tmp_path_factory) -> Path:
+    """A file whose matrices stretch the first coordinate of each head, more in the second layer."""
+    path = tmp_path_factory.mktemp("basis") / "basis.safetensors"
+    matrices = [torch.eye(SIZE).repeat(KV_HEADS, 1, 1) for _ in range(LAYERS)]
+    matrices[0][:, 0, 0], matrices[1][:, 0, 0] = 2, 50
+    write_basis(path, matrices, "a-model")
+    return path
+
+
+def test_every_layer_has_its_own_method(tmp_path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=KV_HEADS,
+        head_dim=16,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    seen = []
+
+    def layer(index: int):
+        def key(keys, query):
+            seen.append((index, tuple(keys.shape)))
+            return keys.float()
+
+        return replace(DENSE, key=key)
+
+    model = RuleModel(str(tmp_path), torch.float32)
+    tokens = torch.arange(20)
+    hidden = model.hidden(tokens, replace(DENSE, layers=(layer(0), layer(1))))
+    assert seen == [(0, (KV_HEADS, 20, 16)), (1, (KV_HEADS, 20, 16))]
+    assert torch.equal(hidden, model.hidden(tokens, DENSE))
+
+
+def test_pruned_keys_lose_what_is_small_in_their_basis(basis):
+    """Stretched 50 times, the first coordinate survives and is quantised coarsely for all."""
+    config = SparseKVConfig(0.5, 0.0, "int4", "int4", 64, str(basis))
+    method = sparse(config, SIZE, torch.float32)
+    key = torch.randn(KV_HEADS, 200, SIZE, generator=torch.Generator().manual_seed(0))
+    key[..., 0] *= 0.1
+    lost = [layer.key(key, None)[..., 0].sub(key[..., 0]) for layer in method.layers]
+    first, second = (error.square().mean() / key[..., 0].square().mean() for error in lost)
+    assert first > 0.9
+    assert second < 0.02
+    plain = sparse(replace(config, basis=None), SIZE, torch.float32)
+    assert torch.equal(method.value(key), plain.value(key))
+    assert method.vector_bytes == plain.vector_bytes
+    assert not plain.layers and "basis" not in plain.settings
+
+
+def test_rows_of_calibrated_presets(basis):
+    plain, methods = (
+        build_methods(SIZE, torch.bfloat16),
+        build_methods(SIZE, torch.bfloat16, basis=basis),
+    )
+    assert methods.keys() - plain.keys() == {f"sparsekv-{name}-calibrated" for name in PRESETS}
+    for name in PRESETS:
+        row, calibrated = (methods[f"sparsekv-{name}{end}"] for end in ("", "-calibrated"))
+        assert calibrated.vector_bytes == row.vector_bytes
+        assert len(calibrated.layers) == LAYERS
+        digest = calibrated.settings.pop("basis")
+        assert calibrated.settings == row.settings
+        assert len(bytes.fromhex(digest)) == 8
+
+
+def test_basis_of_another_head_size_is_refused(basis):
+    with pytest.raises(ValueError, match="basis.safetensors: head_size 64, must be 128"):
+        build_methods(128, torch.bfloat16, basis=basis)
