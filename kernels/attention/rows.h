@@ -156,20 +156,22 @@ using RowKernel = void (*)(const float*, const Vectors&, int, int, float*, Ahead
 // The function for a storage and 1 to ROW_BLOCK rows.
 #define SPARSEKV_ROWS(function, storage) \
     { function<storage, 1>, function<storage, 2>, function<storage, 3>, function<storage, 4> }
-#define SPARSEKV_STORAGES(function)                                                                    \
-    {                                                                                                  \
-        SPARSEKV_ROWS(function, DENSE), SPARSEKV_ROWS(function, FLOAT32),                              \
-            SPARSEKV_ROWS(function, BFLOAT16), SPARSEKV_ROWS(function, FLOAT16),                       \
-            {}, SPARSEKV_ROWS(function, INT4), SPARSEKV_ROWS(function, BFLOAT16 + WHOLE),              \
-            SPARSEKV_ROWS(function, FLOAT16 + WHOLE), {}, SPARSEKV_ROWS(function, INT4 + WHOLE),       \
-            SPARSEKV_ROWS(function, INT3 + WHOLE)                                                      \
+#define SPARSEKV_STORAGES(function, int4_whole)                                            \
+    {                                                                                      \
+        SPARSEKV_ROWS(function, DENSE), SPARSEKV_ROWS(function, FLOAT32),                  \
+            SPARSEKV_ROWS(function, BFLOAT16), SPARSEKV_ROWS(function, FLOAT16), {},       \
+            SPARSEKV_ROWS(function, INT4), SPARSEKV_ROWS(function, BFLOAT16 + WHOLE),      \
+            SPARSEKV_ROWS(function, FLOAT16 + WHOLE), {}, int4_whole,                      \
+            SPARSEKV_ROWS(function, INT3 + WHOLE)                                          \
     }
+// Without keys of INT4 + WHOLE, which codes.h scores.
 inline RowKernel score_kernel(int storage, int rows) {
-    static constexpr RowKernel TABLE[][ROW_BLOCK] = SPARSEKV_STORAGES(score_rows);
+    static constexpr RowKernel TABLE[][ROW_BLOCK] = SPARSEKV_STORAGES(score_rows, {});
     return TABLE[storage + 1][rows - 1];
 }
 inline RowKernel weigh_kernel(int storage, int rows) {
-    static constexpr RowKernel TABLE[][ROW_BLOCK] = SPARSEKV_STORAGES(weigh_rows);
+    static constexpr RowKernel TABLE[][ROW_BLOCK] =
+        SPARSEKV_STORAGES(weigh_rows, SPARSEKV_ROWS(weigh_rows, INT4 + WHOLE));
     return TABLE[storage + 1][rows - 1];
 }
 #undef SPARSEKV_STORAGES
