@@ -31,13 +31,16 @@ from vllm_sparsekv.kernels import api
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK_SIZE = 64
 WINDOW = 64
-# Sparsity of keys and values, codec of both; keys of sparsity 0 have no bitmap.
 FORMATS = {
-    "50 % auto": (0.5, 0.5, "auto"),
-    "50 % fp8": (0.5, 0.5, "fp8"),
-    "30/50 % int4": (0.3, 0.5, "int4"),
-    "0/50 % int4": (0.0, 0.5, "int4"),
+    "50 % auto": (0.5, 0.5, "auto", "auto"),
+    "50 % fp8": (0.5, 0.5, "fp8", "fp8"),
+    "30/50 % int4": (0.3, 0.5, "int4", "int4"),
+    "0/50 % int4": (0.0, 0.5, "int4", "int4"),
+    "int4": (0.0, 0.0, "int4", "int4"),
+    "int4/int3": (0.0, 0.0, "int4", "int3"),
+    "int3": (0.0, 0.0, "int3", "int3"),
 }
+"""Sparsity of keys and of values, their codecs."""
 HEADS = {64: (3, 3), 128: (2, 4)}  # head_size: KV heads, query heads per KV head
 
 
@@ -137,8 +140,8 @@ def dense(shape: Shape) -> Callable[[], None]:
     return call
 
 
-def format_of(shape: Shape, key_sparsity: float, value_sparsity: float, codec: str) -> SparseFormat:
-    config = SparseKVConfig(key_sparsity, value_sparsity, codec, codec, WINDOW)
+def format_of(shape: Shape, chosen: tuple[float, float, str, str]) -> SparseFormat:
+    config = SparseKVConfig(*chosen, window=WINDOW)
     return SparseFormat.from_config(config, shape.head_size, shape.dtype)
 
 
@@ -186,9 +189,9 @@ def sparse(shape: Shape, fmt: SparseFormat) -> Callable[[], None]:
     return call
 
 
-def compare(shape: Shape, formats: dict[str, tuple[float, float, str]], rounds: int) -> dict:
+def compare(shape: Shape, formats: dict[str, tuple], rounds: int) -> dict:
     """Dense and every format in turn; with bytes per token and the bytes read per second."""
-    fmts = {name: format_of(shape, *chosen) for name, chosen in formats.items()}
+    fmts = {name: format_of(shape, chosen) for name, chosen in formats.items()}
     calls = {"dense": dense(shape)} | {name: sparse(shape, fmt) for name, fmt in fmts.items()}
     result: dict[str, Any] = interleaved(calls, rounds, clock)
     for name, row in result.items():
@@ -214,7 +217,7 @@ def pack_share(shape: Shape, attention: dict, rounds: int) -> dict:
     slots = torch.arange(shape.query)
     blocks = -(-shape.query // BLOCK_SIZE)
     for name, chosen in FORMATS.items():
-        fmt = format_of(shape, *chosen)
+        fmt = format_of(shape, chosen)
         pages = torch.zeros(blocks, shape.kv_heads, BLOCK_SIZE, fmt.token_bytes, dtype=torch.uint8)
         times = interleaved(
             {name: lambda p=pages, f=fmt: api.pack(x, x, slots, p, f)}, rounds, clock
@@ -295,7 +298,7 @@ def main() -> None:
     shape = Shape(128, torch.bfloat16, args.batch, contexts[-2])
     codecs: dict[str, dict] = {}
     for codec in ("auto", "fp8", "int4"):
-        swept = {f"{s:g}": (s, s, codec) for s in (0.0, 0.3, 0.5, 0.7)}
+        swept = {f"{s:g}": (s, s, codec, codec) for s in (0.0, 0.3, 0.5, 0.7)}
         rows = compare(shape, swept, rounds)
         codecs[codec] = {s: rows[s] for s in swept}
     results["sparsity"] = {"shape": str(shape), "codecs": codecs}
