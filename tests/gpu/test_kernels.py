@@ -5,6 +5,8 @@ Run with ``make test-gpu``; nothing of vLLM is needed. The ordinary run collects
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from helpers import (
@@ -16,7 +18,7 @@ from helpers import (
     assert_same_bytes,
     build_case,
 )
-from ragged import RAGGED_MATRIX
+from ragged import INT3_MATRIX, RAGGED_MATRIX
 
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
 from vllm_sparsekv.kernels.pack.triton import pack
@@ -27,7 +29,7 @@ DEVICE = "cuda"
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX, ids=str)
 def test_ragged_matrix(spec):
     case, reference = build_case(spec, TRITON, DEVICE), build_case(spec)
     assert_same_bytes(case.pages, reference.pages)
@@ -39,10 +41,21 @@ def test_ragged_matrix(spec):
         assert_same_bytes(case.window, reference.window)
 
 
+def cache_of(codec: str) -> dict[str, Any]:
+    """Keys and values of one codec, half of them pruned where it can be."""
+    sparsity = 0.0 if codec == "int3" else 0.5
+    return {
+        "key_sparsity": sparsity,
+        "value_sparsity": sparsity,
+        "key_dtype": codec,
+        "value_dtype": codec,
+    }
+
+
 LONG = tuple(Request(context, 1) for context in (0, 1, 8191, 12345, 30000, 63))
 
 
-@pytest.mark.parametrize("codec", ["auto", "fp8", "int4"])
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("head_size", "group"), [(64, 3), (128, 4), (128, 8), (256, 2)])
 def test_long_histories(head_size, group, dtype, codec):
@@ -51,23 +64,21 @@ def test_long_histories(head_size, group, dtype, codec):
         LONG,
         head_size=head_size,
         group=group,
-        key_dtype=codec,
-        value_dtype=codec,
+        **cache_of(codec),
         dtype=dtype,
     )
     assert_attention(build_case(spec, TRITON, DEVICE), TRITON, SLACK[dtype])
 
 
 @pytest.mark.parametrize("query_len", [1, 4])
-@pytest.mark.parametrize("codec", ["auto", "fp8", "int4"])
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3"])
 def test_graph_replay_equals_eager(codec, query_len):
     """Captured with no history at all, as vLLM captures; replayed with ragged lengths."""
     spec = CaseSpec(
         tuple(Request(context, query_len) for context in (5, 700, 64, 1999)),
         head_size=128,
         group=4,
-        key_dtype=codec,
-        value_dtype=codec,
+        **cache_of(codec),
         dtype=torch.bfloat16,
         lookahead=query_len if query_len > 1 else 0,
         padding=0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, build_case
-from ragged import RAGGED_MATRIX
+from ragged import INT3_MATRIX, RAGGED_MATRIX
 
 from vllm_sparsekv.kernels.attention import triton as attention
 
@@ -24,6 +24,13 @@ def matches(spec: CaseSpec) -> None:
     "spec", [s for s in RAGGED_MATRIX if s.history_tokens <= MAX_HISTORY], ids=str
 )
 def test_ragged_matrix(spec):
+    matches(spec)
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in INT3_MATRIX if 0 < s.history_tokens <= MAX_HISTORY], ids=str
+)
+def test_ragged_matrix_of_int3(spec):
     matches(spec)
 
 
