@@ -61,7 +61,6 @@ def warps_resident(measured, launch, capability):
 DECODE = {
     (80, "fp8"): 6.5,
     (80, "int4"): 5.6,
-    (80, "all int4 keys, int4"): 4.25,
     (80, "all int4, int3"): 2.85,
     (90, "auto"): 6.0,
     (90, "fp8"): 4.3,
@@ -71,7 +70,6 @@ DECODE = {
     (90, "all int4, int3"): 2.85,
     (90, "all int3"): 2.95,
     (100, "int4"): 5.6,
-    (100, "all int4 keys, int4"): 4.1,
     (100, "all int4, int3"): 2.7,
 }
 """(compute capability * 10, cache) -> instructions per unpacked element of keys and values."""
@@ -88,15 +86,9 @@ def test_decode(capability, cache):
 @pytest.mark.parametrize(
     ("cache", "head_size", "rows", "block_size"),
     [
-        ("fp8", 64, 8, 64),
-        ("fp8", 96, 8, 64),
-        ("int4", 256, 8, 64),
         ("fp8", 128, 8, 16),
-        ("int4", 128, 16, 64),
         ("int4", 256, 16, 64),
-        ("int4", 128, 32, 64),
         ("auto", 128, 32, 256),
-        ("int4", 256, 32, 64),
         ("all int4, int3", 256, 8, 64),
         ("all int4, int3", 96, 8, 64),
         ("all int4, int3", 128, 32, 64),
@@ -110,8 +102,9 @@ def test_other_shapes_do_not_spill(cache, head_size, rows, block_size):
     assert warps_resident(measured, launch, 90) >= 4, str(measured)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3"])
+@pytest.mark.parametrize(
+    ("capability", "codec"), [(80, "fp8"), (80, "int3"), (90, "int4"), (100, "auto")]
+)
 def test_pack_does_not_spill(capability, codec):
     sparsity = 0.0 if codec == "int3" else 0.5
     config = SparseKVConfig(sparsity, sparsity, codec, codec, 64)

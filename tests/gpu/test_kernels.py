@@ -26,7 +26,7 @@ from vllm_sparsekv.kernels.window.triton import write_window
 
 TRITON = Ops(pack, sparse_attention, write_window)
 DEVICE = "cuda"
-SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
+SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
 
 
 @pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX, ids=str)

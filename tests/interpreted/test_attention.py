@@ -10,7 +10,7 @@ from ragged import INT3_MATRIX, RAGGED_MATRIX
 from vllm_sparsekv.kernels.attention import triton as attention
 
 TRITON = Ops(REFERENCE.pack, attention.sparse_attention, REFERENCE.write_window)
-SLACK = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 1.2e-2}
+SLACK = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 1.6e-2}
 """Softmax weights meet the values in the values' type; the rest is float32."""
 MAX_HISTORY = 450
 """Tokens of history; the interpreter takes a second for some hundred."""
@@ -21,7 +21,10 @@ def matches(spec: CaseSpec) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", [s for s in RAGGED_MATRIX if s.history_tokens <= MAX_HISTORY], ids=str
+    "spec",
+    [s for s in RAGGED_MATRIX if s.history_tokens <= MAX_HISTORY]
+    + [s for s in INT3_MATRIX if 0 < s.history_tokens <= MAX_HISTORY // 4],
+    ids=str,
 )
 def test_ragged_matrix(spec):
     matches(spec)
