@@ -2,7 +2,8 @@
 //
 // One load spreads CODES codes over the lanes, NIBBLES to a lane, element lane * NIBBLES + i in
 // nibble i. A nibble is masked where it stands and converted, so it counts 16^i times its code; the
-// query, ordered alike, is divided by that. The zero of a key meets the lanes' sums of the query.
+// query, ordered alike, is divided by that. Codes count from MIDDLE, so that products do not cancel;
+// what the zero of a key differs from it meets the lanes' sums of the query.
 #pragma once
 
 #include "rows.h"
@@ -11,6 +12,7 @@ namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int CODES = 64;
 constexpr int NIBBLES = CODES / LANES;
+constexpr int MIDDLE = 8;
 
 inline int code_blocks(int head_size) { return (head_size + CODES - 1) / CODES; }
 
@@ -43,8 +45,9 @@ inline I load_codes(const uint8_t* p) {
 // Nibble NIBBLE of every lane; the last one is shifted down, clear of the sign.
 template <int NIBBLE>
 inline F code_values(I codes) {
+    constexpr int UNIT = NIBBLE == NIBBLES - 1 ? 1 : 1 << 4 * NIBBLE;
     if constexpr (NIBBLE == NIBBLES - 1) codes >>= 4 * NIBBLE;
-    return __builtin_convertvector(codes & (15 << 4 * (NIBBLE == NIBBLES - 1 ? 0 : NIBBLE)), F);
+    return __builtin_convertvector(codes & 15 * UNIT, F) - float(MIDDLE * UNIT);
 }
 
 template <int ROWS, int TOGETHER, int NIBBLE = 0>
@@ -71,7 +74,7 @@ void score_codes(const float* query, const Vectors& key, int n, int head_size, f
             F sums[TOGETHER][ROWS];
             for (int row = 0; row < ROWS; ++row)
                 for (int j = 0; j < TOGETHER; ++j)
-                    sums[j][row] = F{} - load(query + row * LANES) * key.zeros[i + first + j];
+                    sums[j][row] = load(query + row * LANES) * (MIDDLE - key.zeros[i + first + j]);
             const float* q = query + ROWS * LANES;
             for (int block = 0; block < blocks; ++block, q += ROWS * CODES) {
                 I codes[TOGETHER];
