@@ -197,7 +197,7 @@ def build_methods(
     Args:
         head_size: D.
         dtype: cache dtype of the dense baseline and of every method's window.
-        basis: file of ``sparsekv-calibrate``; adds each preset with integer keys in that basis.
+        basis: file of ``sparsekv-calibrate``; adds each preset in that basis, and one with pruned keys.
         window: the dense window of the rivals; Mustafar and ThinK use the 32 of their papers.
     """
 
@@ -209,8 +209,12 @@ def build_methods(
         return sparse(SparseKVConfig.from_dict(settings), head_size, dtype)
 
     calibrated = {
-        f"sparsekv-{name}{CALIBRATED}": ours(preset=name, basis=str(basis))
-        for name in (PRESETS if basis else ())
+        f"sparsekv-{name}{CALIBRATED}": ours(**settings, basis=str(basis))
+        for name, settings in (
+            *((name, {"preset": name}) for name in PRESETS),
+            ("pruned", {"key_sparsity": 0.5, "key_dtype": "int4", "value_dtype": "int3"}),
+        )
+        if basis
     }
     half = head_size // 2
     dense_bytes = 2 * head_size * dtype.itemsize
