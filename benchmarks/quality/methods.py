@@ -197,7 +197,7 @@ def build_methods(
     Args:
         head_size: D.
         dtype: cache dtype of the dense baseline and of every method's window.
-        basis: file of ``sparsekv-calibrate``; adds each preset in that basis, and one with pruned keys.
+        basis: file of ``sparsekv-calibrate``; adds each preset in it, and one of pruned keys.
         window: the dense window of the rivals; Mustafar and ThinK use the 32 of their papers.
     """
 
