@@ -82,7 +82,10 @@ def test_rows_of_calibrated_presets(basis):
         build_methods(SIZE, torch.bfloat16),
         build_methods(SIZE, torch.bfloat16, basis=basis),
     )
-    assert methods.keys() - plain.keys() == {f"sparsekv-{name}-calibrated" for name in PRESETS}
+    added = {f"sparsekv-{name}-calibrated" for name in (*PRESETS, "pruned")}
+    assert methods.keys() - plain.keys() == added
+    # Keys: 8 bytes of bitmap, 16 of codes and 2 of scale; values: 24 and 2.
+    assert methods["sparsekv-pruned-calibrated"].vector_bytes == 26 + 26
     for name in PRESETS:
         row, calibrated = (methods[f"sparsekv-{name}{end}"] for end in ("", "-calibrated"))
         assert calibrated.vector_bytes == row.vector_bytes

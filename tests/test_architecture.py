@@ -120,6 +120,10 @@ def test_every_kernel_module_imports_without_vllm(tmp_path):
     import_without(kernels, ["vllm"], tmp_path)
 
 
+def test_calibration_imports_without_vllm(tmp_path):
+    import_without(["vllm_sparsekv.calibrate"], ["vllm"], tmp_path)
+
+
 def test_the_blocker_blocks(tmp_path):
     with pytest.raises(AssertionError, match="vllm.version is not|vllm is not"):
         import_without(["vllm_sparsekv.vllm_compat"], ["vllm"], tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,12 @@ def test_version_and_entry_point():
     assert metadata.version("vllm-sparsekv") == vllm_sparsekv.__version__
     points = metadata.entry_points(group="vllm.general_plugins", name="sparsekv")
     assert [point.value for point in points] == ["vllm_sparsekv.plugin:register"]
+
+
+def test_commands_exist():
+    (target,) = PROJECT["project"]["scripts"].values()
+    module, _, function = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_wheel_holds_every_source_file(tmp_path):
