@@ -61,16 +61,18 @@ def warps_resident(measured, launch, capability):
 DECODE = {
     (80, "fp8"): 6.5,
     (80, "int4"): 5.6,
-    (80, "all int4, int3"): 2.85,
+    (80, "all int4, int3"): 2.7,
+    (80, "all int3"): 2.7,
     (90, "auto"): 6.0,
     (90, "fp8"): 4.3,
     (90, "int4"): 5.6,
     (90, "all int4 keys, int4"): 4.25,
     (90, "all int4"): 2.65,
-    (90, "all int4, int3"): 2.85,
-    (90, "all int3"): 2.95,
+    (90, "all int4, int3"): 2.75,
+    (90, "all int3"): 2.75,
     (100, "int4"): 5.6,
-    (100, "all int4, int3"): 2.7,
+    (100, "all int4, int3"): 2.65,
+    (100, "all int3"): 2.65,
 }
 """(compute capability * 10, cache) -> instructions per unpacked element of keys and values."""
 

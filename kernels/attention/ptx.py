@@ -77,8 +77,8 @@ def decode_word(codec: str, converts_fp8: bool) -> str:
     outputs, each as the float16 ``(code << shift) * 2**-24`` with shift ``CODE_SHIFTS[codec][i]``.
     """
     lines = [
-        ".reg .b32 four, zero, pair, code, scale, more;",
-        ".reg .b32 word<3>;",
+        ".reg .b32 four, zero, pair, code, scale;",
+        ".reg .b32 word<6>;",
         ".reg .b16 half<2>;",
         "mov.b32 zero, 0;",
     ]
@@ -95,44 +95,24 @@ def decode_word(codec: str, converts_fp8: bool) -> str:
     return "\n".join(["{", *lines, "}"])
 
 
-CODE_SHIFTS = {"int4": (0, 4, 0, 4), "int3": (0, 3, 6, 0, 3, 0, 2, 5, 0, 3, 0, 1, 4, 7, 0, 3)}
+CODE_SHIFTS = {"int4": (0, 4, 0, 4), "int3": (0, 3, 6, 1, 4, 7, 2, 5) * 2}
 """Where the codes of an output of :func:`decode_word` lie in its halves."""
 
 
 def _decode_int3() -> list[str]:
-    """Two streams of sixteen codes, one a half word."""
-
-    def codes(source: str, *outputs: int) -> list[str]:
-        shifts = CODE_SHIFTS["int3"]
-        return [f"and.b32 ${out}, {source}, {0x00070007 << shifts[out]:#x};" for out in outputs]
-
-    def straddling(out: int, low: int, taken: int) -> list[str]:
-        """A code with its ``taken`` low bits at the top of a half word, the rest in the next."""
-        mask = (1 << taken) - 1
-        return [
-            f"shr.u32 code, word{low}, {16 - taken};",
-            f"and.b32 code, code, {mask * 0x00010001:#x};",
-            f"shl.b32 more, word{low + 1}, {taken};",
-            f"and.b32 more, more, {(7 - mask) * 0x00010001:#x};",
-            f"or.b32 ${out}, code, more;",
-        ]
-
-    return [
-        "prmt.b32 word0, $16, $17, 0x7610;",
-        "prmt.b32 word1, $16, $18, 0x5432;",
-        "prmt.b32 word2, $17, $18, 0x7610;",
-        *codes("word0", 0, 1, 2),
-        "shr.u32 four, word0, 9;",
-        *codes("four", 3, 4),
-        *straddling(5, 0, taken=1),
-        *codes("word1", 6, 7),
-        "shr.u32 four, word1, 8;",
-        *codes("four", 8, 9),
-        *straddling(10, 1, taken=2),
-        *codes("word2", 11, 12, 13),
-        "shr.u32 four, word2, 10;",
-        *codes("four", 14, 15),
-    ]
+    """A window begins at every byte: its codes are within ten bits of both streams' half words."""
+    windows = {
+        "word0": "$16, $17, 0x7610",
+        "word2": "$16, $18, 0x5432",
+        "word4": "$17, $18, 0x7610",
+        "word1": "word0, word2, 0x6341",
+        "word3": "word2, word4, 0x6341",
+        "word5": "word4, zero, 0x4341",
+    }
+    lines = [f"prmt.b32 {word}, {operands};" for word, operands in windows.items()]
+    for out, shift in enumerate(CODE_SHIFTS["int3"]):
+        lines.append(f"and.b32 ${out}, word{3 * out // 8}, {0x00070007 << shift:#x};")
+    return lines
 
 
 def _nibble_selector(nibble: int) -> int:
