@@ -133,7 +133,8 @@ class IntCodec:
         size = math.lcm(8, self.bits)
         if size > 8:
             packed = sum(packed[..., i :: size // 8].int() << 8 * i for i in range(size // 8))
-        codes = [packed >> shift & 2**self.bits - 1 for shift in range(0, size, self.bits)]
+        mask = 2**self.bits - 1
+        codes = [(packed >> shift & mask).byte() for shift in range(0, size, self.bits)]
         return torch.stack(codes, -1).flatten(-2)
 
 
