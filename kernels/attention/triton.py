@@ -230,7 +230,8 @@ def _attend(
     V_CODES: tl.constexpr = WORDS and V_CODEC >= INT4
     k_query = q
     k_scale = tl.full([ROWS], 1.0, tl.float32) * scale
-    if q.dtype != K_DTYPE:
+    if q.dtype != K_DTYPE or (K_CODES and K_BITMAP_BYTES == 0):
+        # Below 2 in float16: decoded_query multiplies by up to 128.
         k_query, row_scale = in_float16(q)
         k_scale *= row_scale
     if K_CODES:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, build_case
@@ -102,6 +104,23 @@ def test_whole_vectors_of_int3(monkeypatch, head_size, key_dtype, value_dtype, c
             window=16,
         )
     )
+
+
+@pytest.mark.parametrize("key_dtype", ["int4", "int3"])
+def test_queries_near_the_end_of_float16(key_dtype):
+    spec = CaseSpec(
+        (Request(40, 1),),
+        num_kv_heads=1,
+        key_sparsity=0.0,
+        value_sparsity=0.0,
+        key_dtype=key_dtype,
+        value_dtype="int3",
+        dtype=torch.float16,
+        window=0,
+    )
+    case = build_case(spec)
+    large = dataclasses.replace(case, query=case.query * 8192, scale=case.scale / 8192)
+    assert_attention(large, TRITON, SLACK[torch.float16])
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
