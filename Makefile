@@ -62,7 +62,7 @@ lint: $(SETUP)
 
 bench-engine: $(SETUP) model
 	$(BIN)/python benchmarks/engine.py
-	$(BIN)/python benchmarks/engine.py --context 4096 8192 --batch 4 --rounds 1 \
+	$(BIN)/python benchmarks/engine.py --context 4096 7680 --batch 4 --rounds 1 \
 		--output benchmarks/results/engine_long.json
 
 bench-kernels: $(SETUP)

@@ -1,7 +1,7 @@
 """Decode and prompt speed, KV capacity: the engine with sparse pages against the dense engine.
 
     python benchmarks/engine.py [--context 1024] [--batch 8] [--rounds 2] [--dtype float32]
-    python benchmarks/engine.py --context 4096 8192 --batch 4 --rounds 1 --output long.json
+    python benchmarks/engine.py --context 4096 7680 --batch 4 --rounds 1 --output long.json
 
 Both engines run one after the other in processes of their own, with the same cache memory. A round
 is one batch of fresh prompts: the time until each of them has its first token, then decode steps of
