@@ -93,14 +93,13 @@ def test_decode(capability, cache):
         ("auto", 128, 32, 256),
         ("all int4, int3", 256, 8, 64),
         ("all int4, int3", 96, 8, 64),
+        ("fp8", 96, 8, 64),
         ("all int4, int3", 128, 32, 64),
     ],
 )
 def test_other_shapes_do_not_spill(cache, head_size, rows, block_size):
-    """But for a few bytes outside loops, where ptxas trades them for more programs at once."""
     measured, launch = report(90, cache, head_size, rows, block_size)
-    assert measured.spills_in_loops == 0, str(measured)
-    assert measured.stack <= 16, f"spills: {measured}"
+    assert measured.stack == 0, f"spills: {measured}"
     assert warps_resident(measured, launch, 90) >= 4, str(measured)
 
 
