@@ -176,3 +176,19 @@ def test_scale_must_be_positive():
     arguments[9] = 0.0
     with pytest.raises(ValueError, match=r"scale=0\.0: must be positive"):
         attention.sparse_attention(*arguments, torch.empty_like(case.query))
+
+
+@pytest.mark.parametrize("value_dtype", ["int3", "fp8"])
+def test_blocks_of_256_tokens(value_dtype):
+    matches(
+        CaseSpec(
+            (Request(300, 1), Request(255, 1)),
+            num_kv_heads=1,
+            block_size=256,
+            key_sparsity=0.0,
+            value_sparsity=0.0,
+            key_dtype="int4",
+            value_dtype=value_dtype,
+            dtype=torch.bfloat16,
+        )
+    )
