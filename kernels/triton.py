@@ -104,13 +104,8 @@ def encode_int(x, step, zero, BITS: tl.constexpr):
 
 
 @triton.jit
-def load_scale(scale, visible):
-    """Step, float32, and zero, int32, of the scales at these pointers; 0 where not visible."""
-    scale = scale.to(tl.pointer_type(tl.uint16))
-    if visible is None:
-        packed = tl.load(scale).to(tl.int32)
-    else:
-        packed = tl.load(scale, mask=visible, other=0).to(tl.int32)
+def decode_scale(packed):
+    """Step, float32, and zero, int32, of scales, int32, as they are stored."""
     return _float((packed >> 1) & 0x7FC0), packed & 127
 
 

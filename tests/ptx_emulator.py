@@ -158,11 +158,22 @@ class _Machine:
             result |= value.view(np.uint16).astype(np.uint64) << shift
         self.registers[target] = result
 
+    def do_lg2_approx_ftz_f32(self, target: str, a: str) -> None:
+        value = self.read(a).astype(np.uint32).view(np.float32)
+        self.registers[target] = np.log2(value).view(np.uint32).astype(np.uint64)
+
     def do_ld_global_nc_b32(self, target: str, place: str) -> None:
+        self._load(target, place, np.uint32)
+
+    def do_ld_global_nc_u16(self, target: str, place: str) -> None:
+        self._load(target, place, np.uint16)
+
+    def _load(self, target: str, place: str, kind: type) -> None:
+        size = np.dtype(kind).itemsize
         base, _, offset = place.strip("[]").partition("+")
         address = self.read(base, 64) + np.int64(int(offset or 0)).view(np.uint64)
-        assert not (address % np.uint64(4)).any(), "misaligned load"
+        assert not (address % np.uint64(size)).any(), "misaligned load"
         first, last = int(address.min()), int(address.max())
-        span = (ctypes.c_uint8 * (last - first + 4)).from_address(first)
-        words = np.frombuffer(span, dtype=np.uint32)
-        self.registers[target] = words[((address - np.uint64(first)) // np.uint64(4)).astype(int)]
+        span = (ctypes.c_uint8 * (last - first + size)).from_address(first)
+        index = (address - np.uint64(first)) // np.uint64(size)
+        self.registers[target] = np.frombuffer(span, dtype=kind)[index.astype(int)]

@@ -87,7 +87,7 @@ def attention_report(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options=attend_options(launch, capability),
+        options=attend_options(launch, fmt.head_size, capability),
     )
     elements = 2 * launch.tile * fmt.head_size / (32 * launch.num_warps)
     return _report(compiled, elements)

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from vllm_sparsekv.format import SparseFormat
-from vllm_sparsekv.kernels.triton import vector_constants
+from vllm_sparsekv.kernels.attention.parts import parts
+from vllm_sparsekv.kernels.triton import CODEC_IDS
 
 MIN_TILES = tl.constexpr(4)
 """History tiles that make a split worth its merge."""
@@ -53,14 +54,20 @@ def choose_launch(
     group = num_heads // num_kv_heads
     wanted = triton.next_power_of_2(triton.cdiv(num_tokens, num_reqs) * group)
     rows = max(min(wanted, MAX_ROWS), 8, triton.next_power_of_2(group))
-    tile, num_warps = tile_and_warps(rows, size)
+    words = unpacks_words(size, query.element_size(), capability(query.device))
+    tile, num_warps = tile_and_warps(rows, size, words)
     programs = (num_tokens // (rows // group) + num_reqs) * num_kv_heads
     useful = triton.cdiv(max_context, tile * MIN_TILES.value)
     splits = max(1, min(_max_programs(query.device) // programs, useful))
     return Launch(rows, tile, splits, num_warps)
 
 
-def tile_and_warps(rows: int, size: int) -> tuple[int, int]:
+def unpacks_words(size: int, itemsize: int, target: int) -> bool:
+    """Whether a target, as :func:`capability` says it, unpacks with inline PTX."""
+    return target >= 80 and itemsize == 2 and size % 32 == 0
+
+
+def tile_and_warps(rows: int, size: int, words: bool = True) -> tuple[int, int]:
     """Tile and warps with the fewest instructions per element that do not spill.
 
     Two warps a program keep Triton from Hopper's warpgroup instructions, whose fences cost more
@@ -68,6 +75,8 @@ def tile_and_warps(rows: int, size: int) -> tuple[int, int]:
     """
     wide = triton.next_power_of_2(size) > 128
     if rows <= 16:
+        if words and size <= (96 if rows <= 8 else 64):
+            return 64, 2
         return 32, 4 if wide and rows > 8 else 2
     return (32, 8) if wide or rows > MAX_ROWS else (64, 4)
 
@@ -119,30 +128,58 @@ def attend_constants(
     target: int,
 ) -> dict[str, Any]:
     """Compile-time constants of the attention kernel for a target as :func:`capability` says it."""
+    padded = triton.next_power_of_2(fmt.head_size)
+    words = unpacks_words(fmt.head_size, fmt.dtype.itemsize, target)
+    part, rest = parts(fmt.head_size) if words and launch.rows <= 8 else (padded, 0)
     return {
         "GROUP": group,
         "BLOCK_SIZE": block_size,
         "SLOTS_PER_BLOCK": slots_per_block,
         "WINDOW": fmt.window,
         "D": fmt.head_size,
-        "PADDED": triton.next_power_of_2(fmt.head_size),
+        "PADDED": padded,
+        "PART": part,
+        "REST": rest,
         "ROWS": launch.rows,
         "TILE": launch.tile,
         "DENSE_TILE": DENSE_TILE,
         "SPLIT": launch.splits > 1,
-        **vector_constants("K", fmt.key),
-        **vector_constants("V", fmt.value),
-        "WORDS": target >= 80 and fmt.dtype.itemsize == 2 and fmt.head_size % 32 == 0,
-        "CONVERTS_FP8": target >= 89,
+        **vectors(fmt, block_size),
+        "WORDS": target if words else 0,
         "STAGES": 1,
     }
 
 
-def attend_options(launch: Launch, target: int) -> dict[str, int]:
-    """Triton's own launch options for a target.
+def vectors(fmt: SparseFormat, block_size: int) -> dict[str, tuple[int, ...]]:
+    """Codec of keys ``K`` and values ``V``, then start and width of bitmaps, values and scales.
+
+    Starts are those of the sections in a page, widths those of one token, all in bytes.
+    """
+    starts = [0]
+    for width in ("bitmap_bytes", "value_bytes", "scale_bytes"):
+        for part in (fmt.key, fmt.value):
+            starts.append(starts[-1] + block_size * getattr(part, width))
+    return {
+        name: (
+            CODEC_IDS[part.codec.name],
+            *(starts[first], part.bitmap_bytes),
+            *(starts[first + 2], part.value_bytes),
+            *(starts[first + 4], part.scale_bytes),
+        )
+        for first, (name, part) in enumerate((("K", fmt.key), ("V", fmt.value)))
+    }
+
+
+def attend_options(launch: Launch, size: int, target: int) -> dict[str, int]:
+    """Triton's own launch options for a target and head size.
 
     Before compute capability 9.0 shared memory bounds the programs of a multiprocessor, so that
-    fewer registers would only spill.
+    fewer registers would only spill. From 9.0 on registers do; for small heads the compiler would
+    spill to take 128, so it gets the 168 that let 12 warps in, and for 96 it would to take 168.
     """
     options = {"num_warps": launch.num_warps}
-    return options | {"maxnreg": 255} if 80 <= target < 90 else options
+    if 80 <= target < 90:
+        options["maxnreg"] = 255
+    elif target >= 90 and launch.rows <= 8 and size <= 96:
+        options["maxnreg"] = 168 if size <= 64 else 255
+    return options

@@ -22,12 +22,15 @@ from vllm_sparsekv.kernels.attention.launch import (
     choose_launch,
     workspace_elements,
 )
+from vllm_sparsekv.kernels.attention.parts import join_rows, split_columns
 from vllm_sparsekv.kernels.attention.softmax import fold, in_float16, merge_splits
 from vllm_sparsekv.kernels.attention.unpack import (
     code_step,
     code_zero,
     decoded_query,
     encoded_order,
+    load_scale,
+    log2_step,
     unpack_tile,
 )
 from vllm_sparsekv.kernels.triton import AUTO, INT4, find_request
@@ -114,7 +117,7 @@ def sparse_attention(
         0 if window is None else window_block_table.stride(0),
         *out.stride()[:2],
         **attend_constants(fmt, group, pages.shape[2], slots_per_block, launch, target),
-        **attend_options(launch, target),
+        **attend_options(launch, size, target),
     )
     if launch.splits > 1:
         merge_splits[num_tokens, num_heads](
@@ -175,20 +178,15 @@ def _attend(
     WINDOW: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
+    PART: tl.constexpr,
+    REST: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     DENSE_TILE: tl.constexpr,
     SPLIT: tl.constexpr,
-    K_BITMAP_BYTES: tl.constexpr,
-    V_BITMAP_BYTES: tl.constexpr,
-    K_VALUE_BYTES: tl.constexpr,
-    V_VALUE_BYTES: tl.constexpr,
-    K_SCALE_BYTES: tl.constexpr,
-    V_SCALE_BYTES: tl.constexpr,
-    K_CODEC: tl.constexpr,
-    V_CODEC: tl.constexpr,
+    K: tl.constexpr,
+    V: tl.constexpr,
     WORDS: tl.constexpr,
-    CONVERTS_FP8: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     TOKENS: tl.constexpr = ROWS // GROUP
@@ -219,15 +217,15 @@ def _attend(
         other=0,
     )
 
-    K_VALUES_AT: tl.constexpr = BLOCK_SIZE * (K_BITMAP_BYTES + V_BITMAP_BYTES)
-    V_VALUES_AT: tl.constexpr = K_VALUES_AT + BLOCK_SIZE * K_VALUE_BYTES
-    K_SCALES_AT: tl.constexpr = V_VALUES_AT + BLOCK_SIZE * V_VALUE_BYTES
-    V_SCALES_AT: tl.constexpr = K_SCALES_AT + BLOCK_SIZE * K_SCALE_BYTES
+    K_CODEC: tl.constexpr = K[0]
+    V_CODEC: tl.constexpr = V[0]
+    K_BITMAP_BYTES: tl.constexpr = K[2]
+    V_BITMAP_BYTES: tl.constexpr = V[2]
     # The words of quantised codecs unpack to float16, whatever the model dtype.
-    K_DTYPE: tl.constexpr = q.dtype if K_CODEC == AUTO or not WORDS else tl.float16
-    V_DTYPE: tl.constexpr = q.dtype if V_CODEC == AUTO or not WORDS else tl.float16
-    K_CODES: tl.constexpr = WORDS and K_CODEC >= INT4
-    V_CODES: tl.constexpr = WORDS and V_CODEC >= INT4
+    K_DTYPE: tl.constexpr = q.dtype if K_CODEC == AUTO or WORDS == 0 else tl.float16
+    V_DTYPE: tl.constexpr = q.dtype if V_CODEC == AUTO or WORDS == 0 else tl.float16
+    K_CODES: tl.constexpr = WORDS > 0 and K_CODEC >= INT4
+    V_CODES: tl.constexpr = WORDS > 0 and V_CODEC >= INT4
     k_query = q
     k_scale = tl.full([ROWS], 1.0, tl.float32) * scale
     if q.dtype != K_DTYPE or (K_CODES and K_BITMAP_BYTES == 0):
@@ -244,8 +242,11 @@ def _attend(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     totals = tl.zeros([TILE, ROWS], tl.float32)
     zeros = tl.zeros([TILE, ROWS], tl.float32)
-    largest = 1e-30
-    weighted = tl.zeros([PADDED, ROWS], tl.float32)
+    weighted = tl.zeros([PART, ROWS], tl.float32)
+    if REST > 0:
+        weighted_rest = tl.zeros([REST, ROWS], tl.float32)
+        k_query, rest = split_columns(k_query)
+        query_columns_rest = tl.trans(rest)
     query_columns = tl.trans(k_query)
 
     # The ring's tags decide which of the last WINDOW tokens of the history it replaces.
@@ -284,62 +285,57 @@ def _attend(
                 block = tl.load(block_table + position // BLOCK_SIZE, mask=inside_table, other=0)
                 offset = position % BLOCK_SIZE
             page = pages + block.to(tl.int64) * page_block_stride
-            k, k_step, k_zero = unpack_tile(
-                page + offset * K_BITMAP_BYTES,
-                page + (K_VALUES_AT + offset * K_VALUE_BYTES),
-                page + (K_SCALES_AT + offset * K_SCALE_BYTES),
-                visible,
-                D,
-                PADDED,
-                K_BITMAP_BYTES,
-                K_CODEC,
-                K_DTYPE,
-                WORDS,
-                CONVERTS_FP8,
-            )
+            k_step, k_zero, v_step, v_zero = 1.0, 0, 1.0, 0
+            if K_CODEC >= INT4:
+                k_step, k_zero = load_scale(page, offset, visible, K, WORDS)
+            k = unpack_tile(page, offset, k_step, k_zero, visible, K, D, 0, PART, K_DTYPE, WORDS)
             scores = tl.dot(k, query_columns, input_precision="ieee")
+            if REST > 0:
+                k = unpack_tile(
+                    page, offset, k_step, k_zero, visible, K, D, PART, REST, K_DTYPE, WORDS
+                )
+                scores = tl.dot(k, query_columns_rest, scores, input_precision="ieee")
             if K_CODES:
                 scores = (scores - query_sum[None, :] * k_zero[:, None]) * k_step[:, None]
             if masked:
                 scores = tl.where(visible[:, None], scores, float("-inf"))
-            v, v_step, v_zero = unpack_tile(
-                page + (BLOCK_SIZE * K_BITMAP_BYTES + offset * V_BITMAP_BYTES),
-                page + (V_VALUES_AT + offset * V_VALUE_BYTES),
-                page + (V_SCALES_AT + offset * V_SCALE_BYTES),
-                visible,
-                D,
-                PADDED,
-                V_BITMAP_BYTES,
-                V_CODEC,
-                V_DTYPE,
-                WORDS,
-                CONVERTS_FP8,
-            )
-            raised = tl.maximum(maximum, tl.max(scores, axis=0) * k_scale)
-            shift = tl.where(raised == float("-inf"), 0.0, raised) if masked else raised
-            weights = tl.exp2(scores * k_scale[None, :] - shift[None, :])
-            correction = tl.exp2(maximum - shift)
-            maximum = raised
-            totals = totals * correction[None, :] + weights
+            if V_CODEC >= INT4:
+                v_step, v_zero = load_scale(page, offset, visible, V, WORDS)
+            v = unpack_tile(page, offset, v_step, v_zero, visible, V, D, 0, PART, V_DTYPE, WORDS)
             if V_CODES:
-                # Steps join the weights, over the largest so far so that they fit float16.
-                larger = tl.maximum(largest, tl.max(v_step, axis=0))
-                correction *= largest / larger
-                largest = larger
-                weights *= (v_step * (1 / largest))[:, None]
+                # Steps join the weights before the maximum is taken, so that these fit float16.
+                step = log2_step(v_step)
+                scores = scores * k_scale[None, :] + step[:, None]
+                raised = tl.maximum(maximum, tl.max(scores, axis=0))
+                shift = tl.where(raised == float("-inf"), 0.0, raised) if masked else raised
+                weights = tl.exp2(scores - shift[None, :])
+                correction = tl.exp2(maximum - shift)
+                totals = totals * correction[None, :] + weights * tl.exp2(-step)[:, None]
                 zeros = zeros * correction[None, :] + weights * v_zero[:, None]
-            weighted = tl.dot(
-                tl.trans(v),
-                weights.to(v.dtype),
-                weighted * correction[None, :],
-                input_precision="ieee",
-            )
+            else:
+                raised = tl.maximum(maximum, tl.max(scores, axis=0) * k_scale)
+                shift = tl.where(raised == float("-inf"), 0.0, raised) if masked else raised
+                weights = tl.exp2(scores * k_scale[None, :] - shift[None, :])
+                correction = tl.exp2(maximum - shift)
+                totals = totals * correction[None, :] + weights
+            maximum = raised
+            weights = weights.to(V_DTYPE)
+            weighted *= correction[None, :]
+            weighted = tl.dot(tl.trans(v), weights, weighted, input_precision="ieee")
+            if REST > 0:
+                v = unpack_tile(
+                    page, offset, v_step, v_zero, visible, V, D, PART, REST, V_DTYPE, WORDS
+                )
+                weighted_rest *= correction[None, :]
+                weighted_rest = tl.dot(tl.trans(v), weights, weighted_rest, input_precision="ieee")
     total = tl.sum(totals, axis=0)
+    if REST > 0:
+        weighted = join_rows(weighted, weighted_rest)
     if V_CODES:
         zero = tl.sum(zeros, axis=0) * code_zero(V_CODEC)
         if V_BITMAP_BYTES == 0:
             weighted = encoded_order(weighted, V_CODEC)
-        weighted = (weighted - zero[None, :]) * (largest * code_step(V_CODEC))
+        weighted = (weighted - zero[None, :]) * code_step(V_CODEC)
     weighted = tl.trans(weighted)
 
     if split == 0:

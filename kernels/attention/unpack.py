@@ -16,7 +16,7 @@ from vllm_sparsekv.kernels.attention.ptx import (
     decode_word,
     unpack_word,
 )
-from vllm_sparsekv.kernels.triton import AUTO, FP8, INT3, INT4, decode_fp8, load_scale
+from vllm_sparsekv.kernels.triton import AUTO, FP8, INT3, INT4, decode_fp8, decode_scale
 
 _AUTO = tl.constexpr(unpack_word("auto", True))
 _FP8 = tl.constexpr(unpack_word("fp8", True))
@@ -60,46 +60,86 @@ def code_zero(CODEC: tl.constexpr):
 
 @triton.jit
 def unpack_tile(
-    bitmap_at,
-    values_at,
-    scale_at,
+    page,
+    offset,
+    step,
+    zero,
     visible,
+    VECTORS: tl.constexpr,
     D: tl.constexpr,
-    PADDED: tl.constexpr,
-    BITMAP_BYTES: tl.constexpr,
-    CODEC: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
     WORDS: tl.constexpr,
-    CONVERTS_FP8: tl.constexpr,
 ):
-    """Vectors of TILE tokens: tile (TILE, PADDED) DTYPE, step (TILE,) float32, zero (TILE,) int32.
+    """Elements from FIRST on of vectors of TILE tokens, as (TILE, WIDTH) DTYPE.
 
     A vector is ``code_step * step * (tile - code_zero * zero)`` for integers in words, else
-    ``tile``; integers in words without a bitmap are in the order of :func:`decoded_query`.
+    ``tile``; integers in words without a bitmap are in the order of :func:`decoded_query`. What is
+    pruned, not visible or beyond D is 0, for integers in words zero itself.
 
     Args:
-        bitmap_at: (TILE,) pointers to uint8, each token's bitmap.
-        values_at: (TILE,) pointers to its packed values.
-        scale_at: (TILE,) pointers to its scale.
+        page: (TILE,) pointers to uint8 or one for all, the tile of the KV head in a block.
+        offset: (TILE,) int32, places of the tokens in their blocks.
+        step, zero: of :func:`load_scale`; of other codecs anything.
         visible: (TILE,) bool, the others read as zeros; or None, which makes all visible.
-        BITMAP_BYTES: 0 where vectors keep all their elements.
-        WORDS: unpack with inline PTX, otherwise with :func:`unpack_elements`.
+        VECTORS: as of ``launch.vectors``.
+        WORDS: the target, to unpack with inline PTX; 0 for :func:`unpack_elements`.
     """
-    step = tl.full([bitmap_at.shape[0]], 1.0, tl.float32)
-    zero = tl.zeros([bitmap_at.shape[0]], tl.int32)
-    if CODEC >= INT4:
-        step, zero = load_scale(scale_at, visible)
-    if not WORDS:
-        tile = unpack_elements(
-            bitmap_at, values_at, step, zero, visible, D, PADDED, BITMAP_BYTES, CODEC, DTYPE
+    CONVERTS_FP8: tl.constexpr = WORDS >= 89
+    CODEC: tl.constexpr = VECTORS[0]
+    BITMAP_BYTES: tl.constexpr = VECTORS[2]
+    VALUE_BYTES: tl.constexpr = VECTORS[4]
+    bitmap_at = page + (VECTORS[1] + offset * BITMAP_BYTES)
+    values_at = page + (VECTORS[3] + offset * VALUE_BYTES)
+    if WORDS == 0:
+        tl.static_assert(FIRST == 0)
+        return unpack_elements(
+            bitmap_at, values_at, step, zero, visible, D, WIDTH, BITMAP_BYTES, CODEC, DTYPE
         )
     elif BITMAP_BYTES == 0:
-        tile = decode_words(values_at, visible, D, PADDED, CODEC, DTYPE, CONVERTS_FP8)
+        return decode_words(values_at, visible, D, FIRST, WIDTH, CODEC, DTYPE, CONVERTS_FP8)
     else:
-        tile = unpack_words(
-            bitmap_at, values_at, zero, visible, D, PADDED, CODEC, DTYPE, CONVERTS_FP8
+        return unpack_words(
+            bitmap_at,
+            values_at,
+            zero,
+            visible,
+            D,
+            FIRST,
+            WIDTH,
+            VALUE_BYTES,
+            CODEC,
+            DTYPE,
+            CONVERTS_FP8,
         )
-    return tile, step, zero
+
+
+@triton.jit
+def load_scale(page, offset, visible, VECTORS: tl.constexpr, WORDS: tl.constexpr):
+    """Step, float32, and zero, int32, of TILE tokens; 0 where not visible."""
+    scale_at = page + (VECTORS[5] + offset * VECTORS[6])
+    if WORDS > 0:
+        # Inline, so that whoever needs a scale loads it and none passes it on.
+        packed = tl.inline_asm_elementwise(
+            "ld.global.nc.u16 $0, [$1];", "=r,l", [scale_at.to(tl.int64)], tl.int32, True, 1
+        )
+    else:
+        packed = tl.load(scale_at.to(tl.pointer_type(tl.uint16))).to(tl.int32)
+    if visible is not None:
+        packed = tl.where(visible, packed, 0)
+    return decode_scale(packed)
+
+
+@triton.jit
+def log2_step(step):
+    """log2 of (TILE,) steps; of 0 a little less than of the smallest there is."""
+    positive = tl.maximum(step, 2.0**-19, propagate_nan=tl.PropagateNan.ALL)
+    bits = positive.to(tl.int32, bitcast=True)
+    result = tl.inline_asm_elementwise(
+        "lg2.approx.ftz.f32 $0, $1;", "=r,r", [bits], tl.int32, is_pure=True, pack=1
+    )
+    return result.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -109,27 +149,32 @@ def unpack_words(
     zero,
     visible,
     D: tl.constexpr,
-    PADDED: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    VALUE_BYTES: tl.constexpr,
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
     CONVERTS_FP8: tl.constexpr,
 ):
-    """Vectors of TILE tokens as (TILE, PADDED) DTYPE; 0 where pruned, invisible or beyond D.
-
-    INT4 comes out as :mod:`vllm_sparsekv.kernels.attention.ptx` says.
+    """As :func:`unpack_tile`. INT4 comes out as :mod:`vllm_sparsekv.kernels.attention.ptx` says.
 
     Args:
         bitmap_at: (TILE,) pointers to uint8, each token's bitmap.
         values_at: (TILE,) pointers to its packed values; up to 20 bytes before them are read too.
         zero: (TILE,) int32, the code of 0 in eighths, for INT4.
         visible: (TILE,) bool or None.
-        D: a multiple of 32.
+        D, FIRST: multiples of 32.
         DTYPE: the model dtype for AUTO, float16 otherwise.
         CONVERTS_FP8: the target has an instruction for it.
     """
-    word = _load_rows(bitmap_at.to(tl.pointer_type(tl.int32)), visible, D // 32, PADDED // 32)
+    words = (bitmap_at + FIRST // 8).to(tl.pointer_type(tl.int32))
+    word = _load_rows(words, visible, (D - FIRST) // 32, WIDTH // 32)
     population = tl.inline_asm_elementwise("popc.b32 $0, $1;", "=r,r", [word], tl.int32, True, 1)
     end = tl.cumsum(population, axis=1)
+    if FIRST > 0:
+        # Every vector has as many survivors.
+        BITS: tl.constexpr = 4 if CODEC == INT4 else 8 if CODEC == FP8 else 16
+        end += (VALUE_BYTES * 8 // BITS - tl.sum(population, axis=1))[:, None]
     address = values_at.to(tl.int64)
     if CODEC == AUTO:
         return _halves(_AUTO, _AUTO_OPERANDS, [word, end, address[:, None]], DTYPE, 16)
@@ -137,10 +182,12 @@ def unpack_words(
         text: tl.constexpr = _FP8 if CONVERTS_FP8 else _FP8_WIDENED
         return _halves(text, _FP8_OPERANDS, [word, end, address[:, None]], DTYPE, 16)
     else:
-        # Two bytes of an odd half word are four nibbles of another vector.
-        end += ((address & 2) * 2).to(tl.int32)[:, None]
+        if VALUE_BYTES % 4 != 0:
+            # Two bytes of an odd half word are four nibbles of another vector.
+            end += ((address & 2) * 2).to(tl.int32)[:, None]
+            address &= -4
         fill = (zero * 0x02020202)[:, None]
-        operands = [word, end, (address & -4)[:, None], fill]
+        operands = [word, end, address[:, None], fill]
         return _halves(_INT4, _INT4_OPERANDS, operands, DTYPE, 16)
 
 
@@ -149,7 +196,8 @@ def decode_words(
     values_at,
     visible,
     D: tl.constexpr,
-    PADDED: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
     CODEC: tl.constexpr,
     DTYPE: tl.constexpr,
     CONVERTS_FP8: tl.constexpr,
@@ -158,20 +206,23 @@ def decode_words(
 
     Integers come out in the order of :func:`decoded_query`.
     """
-    words = values_at.to(tl.pointer_type(tl.int32))
+    LEFT: tl.constexpr = D - FIRST
     if CODEC == AUTO:
-        return _load_rows(values_at.to(tl.pointer_type(DTYPE)), visible, D, PADDED)
+        return _load_rows(values_at.to(tl.pointer_type(DTYPE)) + FIRST, visible, LEFT, WIDTH)
     elif CODEC == FP8:
-        word = _load_rows(words, visible, D // 4, PADDED // 4)
+        words = values_at.to(tl.pointer_type(tl.int32)) + FIRST // 4
+        word = _load_rows(words, visible, LEFT // 4, WIDTH // 4)
         text: tl.constexpr = _ALL_FP8 if CONVERTS_FP8 else _ALL_FP8_WIDENED
         return _halves(text, _ALL_FP8_OPERANDS, [word], DTYPE, 2)
     elif CODEC == INT4:
-        word = _load_rows(words, visible, D // 8, PADDED // 8)
+        words = values_at.to(tl.pointer_type(tl.int32)) + FIRST // 8
+        word = _load_rows(words, visible, LEFT // 8, WIDTH // 8)
         return _halves(_ALL_INT4, _ALL_INT4_OPERANDS, [word], DTYPE, 4)
     else:
-        low = _load_rows(words, visible, D // 32, PADDED // 32, 3)
-        middle = _load_rows(words + 1, visible, D // 32, PADDED // 32, 3)
-        high = _load_rows(words + 2, visible, D // 32, PADDED // 32, 3)
+        words = values_at.to(tl.pointer_type(tl.int32)) + FIRST // 32 * 3
+        low = _load_rows(words, visible, LEFT // 32, WIDTH // 32, 3)
+        middle = _load_rows(words + 1, visible, LEFT // 32, WIDTH // 32, 3)
+        high = _load_rows(words + 2, visible, LEFT // 32, WIDTH // 32, 3)
         return _halves(_ALL_INT3, _ALL_INT3_OPERANDS, [low, middle, high], DTYPE, 16)
 
 
@@ -216,6 +267,9 @@ def _load_rows(row, visible, WIDTH: tl.constexpr, PADDED: tl.constexpr, STRIDE: 
     """(TILE, PADDED) from (TILE,) pointers; 0 from WIDTH on and in rows that are not visible."""
     column = tl.arange(0, PADDED)[None, :]
     place = row[:, None] + column * STRIDE
+    if PADDED == 2:
+        # As if less were aligned: a thread with a whole row would write it by single elements.
+        place = tl.multiple_of(place, [4, 4])
     if STRIDE > 1:
         # Not so, but without it Triton 3.6 spreads a warp over 32 rows, for half as many more
         # instructions. No load gets wider: of odd strides it knows an alignment of one word.
