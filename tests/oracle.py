@@ -35,7 +35,8 @@ def _stored_fp8(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch
 
 
 def _stored_integer(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
-    steps, largest, units = {"int4": (15, 15, 8), "int3": (8.5, 7, 16)}[fmt.codec.name]
+    by_codec = {"int4": (15, 15, 8), "int3": (7.5, 7, 16), "int2": (3.5, 3, 32)}
+    steps, largest, units = by_codec[fmt.codec.name]
     x = x.float()
     low = x.masked_fill(~kept, torch.inf).amin(-1, keepdim=True).clamp_max(0)
     high = x.masked_fill(~kept, -torch.inf).amax(-1, keepdim=True).clamp_min(0)

@@ -11,7 +11,7 @@ import pytest
 from vllm_sparsekv.config import PRESETS, SparseKVConfig
 
 SPARSITY = "must be a number s with 0 <= s < 1"
-DTYPE = "must be one of ['auto', 'fp8', 'int3', 'int4']"
+DTYPE = "must be one of ['auto', 'fp8', 'int2', 'int3', 'int4']"
 WINDOW = "must be an integer >= 0 (tokens)"
 SETTINGS = (
     "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window', 'basis']"

@@ -88,7 +88,9 @@ class IntCodec:
     float16 decodes to NaN throughout (step is NaN).
 
     Attributes:
-        steps: steps from low to high; more than 2 ** b - 1 of them clip the outermost values.
+        steps: steps from low to high. Up to 2 ** b of them leave every value within half a step of
+            a code; more would clip the outermost ones, which takes energy from a vector, and what
+            every vector of a context lacks does not average out.
     """
 
     dtype: torch.dtype
@@ -139,7 +141,7 @@ class IntCodec:
 
 
 class Int4Codec(IntCodec):
-    """4 bits, for pruned and for whole vectors; no value is clipped."""
+    """4 bits, for pruned and for whole vectors; both ends of the range are codes."""
 
     name = "int4"
     bits = 4
@@ -147,22 +149,27 @@ class Int4Codec(IntCodec):
 
 
 class Int3Codec(IntCodec):
-    """3 bits, for vectors that keep all their elements.
-
-    The 7 steps between codes cover 82 % of the range, near the least squared error for a rotated
-    vector of 64 to 128 elements.
-    """
+    """3 bits, for vectors that keep all their elements."""
 
     name = "int3"
     bits = 3
-    steps = 8.5
+    steps = 7.5
 
 
-Codec = AutoCodec | Fp8Codec | Int4Codec | Int3Codec
+class Int2Codec(IntCodec):
+    """2 bits, for vectors that keep all their elements."""
+
+    name = "int2"
+    bits = 2
+    steps = 3.5
+
+
+Codec = AutoCodec | Fp8Codec | Int4Codec | Int3Codec | Int2Codec
 
 CODECS: dict[str, type[Codec]] = {
     "auto": AutoCodec,
     "fp8": Fp8Codec,
     "int4": Int4Codec,
     "int3": Int3Codec,
+    "int2": Int2Codec,
 }

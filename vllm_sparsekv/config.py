@@ -75,11 +75,12 @@ class SparseKVConfig:
                 raise _invalid(name, value, f"one of {sorted(CODECS)}")
         for kind in ("key", "value"):
             sparsity = getattr(self, f"{kind}_sparsity")
-            if getattr(self, f"{kind}_dtype") == "int3" and sparsity:
+            dtype = getattr(self, f"{kind}_dtype")
+            if dtype in ("int3", "int2") and sparsity:
                 raise _invalid(
                     f"{kind}_sparsity",
                     sparsity,
-                    f"0 with {kind}_dtype='int3'; int4, fp8 and auto can be pruned",
+                    f"0 with {kind}_dtype={dtype!r}; int4, fp8 and auto can be pruned",
                 )
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
             raise _invalid("window", self.window, "an integer >= 0 (tokens)")

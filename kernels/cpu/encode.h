@@ -8,7 +8,7 @@ namespace sparsekv::SPARSEKV_ISA {
 // `survivors` is a multiple of the codes in as few whole bytes as can be.
 template <int BITS>
 void encode_integers(const float* x, int survivors, uint8_t* values, uint8_t* scales) {
-    constexpr float STEPS = BITS == 4 ? 15.f : 8.5f, LARGEST = (1 << BITS) - 1, UNITS = 1 << (7 - BITS);
+    constexpr float STEPS = BITS == 4 ? 15.f : BITS == 3 ? 7.5f : 3.5f, LARGEST = (1 << BITS) - 1, UNITS = 1 << (7 - BITS);
     constexpr int BYTES = BITS == 4 ? 1 : BITS, TOGETHER = 8 * BYTES / BITS;
     constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
     float low = 0, high = 0;
