@@ -168,6 +168,9 @@ class _Machine:
     def do_ld_global_nc_u16(self, target: str, place: str) -> None:
         self._load(target, place, np.uint16)
 
+    def do_prefetch_global_L2(self, place: str) -> None:
+        self._load("prefetched", place, np.uint8)
+
     def _load(self, target: str, place: str, kind: type) -> None:
         size = np.dtype(kind).itemsize
         base, _, offset = place.strip("[]").partition("+")

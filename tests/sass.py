@@ -37,6 +37,7 @@ class Report:
         shared: bytes per program.
         per_element: instructions of a warp's lane per unpacked element, keys and values together,
             in the loop over whole tiles of the history.
+        prefetches: that loop asks for the next block before its first matrix product.
         opcodes: the same by opcode.
     """
 
@@ -45,6 +46,7 @@ class Report:
     spills_in_loops: int
     shared: int
     per_element: float
+    prefetches: bool
     opcodes: dict[str, float]
 
     def __str__(self) -> str:
@@ -87,7 +89,7 @@ def attention_report(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options=attend_options(launch, fmt.head_size, capability),
+        options=attend_options(fmt, launch, capability),
     )
     elements = 2 * launch.tile * fmt.head_size / (32 * launch.num_warps)
     return _report(compiled, elements)
@@ -137,6 +139,7 @@ def _report(compiled: Any, elements: float) -> Report:
         listing = _run("nvdisasm", "-c", path)
     loops = _loops(listing)
     body = _history_loop(loops)
+    products = [line for line in body if re.search(r"\b(HMMA|CCTL\.E\.PF2)\b", line)]
     counts = Counter(re.sub(r"^@!?U?P\w+ +", "", line).split()[0].split(".")[0] for line in body)
     return Report(
         registers=int(re.search(r"REG:(\d+)", usage.splitlines()[-1])[1]),
@@ -144,6 +147,7 @@ def _report(compiled: Any, elements: float) -> Report:
         spills_in_loops=sum(bool(re.search(r"\b(LDL|STL)\b", x)) for loop in loops for x in loop),
         shared=compiled.metadata.shared,
         per_element=len(body) / elements,
+        prefetches="CCTL" in products[0],
         opcodes={name: count / elements for name, count in counts.most_common(12)},
     )
 

@@ -170,16 +170,17 @@ def vectors(fmt: SparseFormat, block_size: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def attend_options(launch: Launch, size: int, target: int) -> dict[str, int]:
-    """Triton's own launch options for a target and head size.
+def attend_options(fmt: SparseFormat, launch: Launch, target: int) -> dict[str, int]:
+    """Triton's own launch options for a target.
 
     Before compute capability 9.0 shared memory bounds the programs of a multiprocessor, so that
-    fewer registers would only spill. From 9.0 on registers do; for small heads the compiler would
-    spill to take 128, so it gets the 168 that let 12 warps in, and for 96 it would to take 168.
+    fewer registers would only spill. From 9.0 on registers do, and the compiler does not take the
+    168 that let 12 warps in unless it must; only two tiles to a head need more.
     """
     options = {"num_warps": launch.num_warps}
+    size = fmt.head_size
     if 80 <= target < 90:
         options["maxnreg"] = 255
-    elif target >= 90 and launch.rows <= 8 and size <= 96:
-        options["maxnreg"] = 168 if size <= 64 else 255
+    elif launch.rows <= 8 and size <= 128 and unpacks_words(size, fmt.dtype.itemsize, target):
+        options["maxnreg"] = 255 if parts(size)[1] else 168
     return options

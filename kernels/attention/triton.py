@@ -31,6 +31,7 @@ from vllm_sparsekv.kernels.attention.unpack import (
     encoded_order,
     load_scale,
     log2_step,
+    prefetch,
     unpack_tile,
 )
 from vllm_sparsekv.kernels.triton import AUTO, INT4, find_request
@@ -117,7 +118,7 @@ def sparse_attention(
         0 if window is None else window_block_table.stride(0),
         *out.stride()[:2],
         **attend_constants(fmt, group, pages.shape[2], slots_per_block, launch, target),
-        **attend_options(launch, size, target),
+        **attend_options(fmt, launch, target),
     )
     if launch.splits > 1:
         merge_splits[num_tokens, num_heads](
@@ -217,6 +218,7 @@ def _attend(
         other=0,
     )
 
+    PAGE_BYTES: tl.constexpr = V[5] + BLOCK_SIZE * V[6]
     K_CODEC: tl.constexpr = K[0]
     V_CODEC: tl.constexpr = V[0]
     K_BITMAP_BYTES: tl.constexpr = K[2]
@@ -278,7 +280,14 @@ def _attend(
                     tag = tl.load(tags + block * tag_block_stride + slot, mask=visible, other=0)
                     visible &= (tag != position + 1) | (position < context - WINDOW)
             if BLOCK_SIZE % TILE == 0:
-                block = tl.load(block_table + tile * TILE // BLOCK_SIZE)
+                index = tile * TILE // BLOCK_SIZE
+                block = tl.load(block_table + index)
+                if WORDS > 0:
+                    # The next block's bytes, as many in a tile as there are tiles in a block.
+                    ahead = tl.minimum(index + 1, (context - 1) // BLOCK_SIZE)
+                    ahead = tl.load(block_table + ahead).to(tl.int64) * page_block_stride
+                    part = tile * TILE % BLOCK_SIZE * PAGE_BYTES // BLOCK_SIZE
+                    prefetch(pages + ahead + part, PAGE_BYTES * TILE // BLOCK_SIZE)
                 offset = tile * TILE % BLOCK_SIZE + tl.arange(0, TILE)
             else:
                 inside_table = position < context

@@ -116,6 +116,21 @@ def unpack_tile(
 
 
 @triton.jit
+def prefetch(start, SIZE: tl.constexpr):
+    """Ask for SIZE bytes in the second-level cache."""
+    LINES: tl.constexpr = triton.next_power_of_2((SIZE + 127) // 128)
+    line = tl.minimum(tl.arange(0, LINES) * 128, SIZE - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1];\nmov.b32 $0, 0;",
+        "=r,l",
+        [start.to(tl.int64) + line],
+        tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def load_scale(page, offset, visible, VECTORS: tl.constexpr, WORDS: tl.constexpr):
     """Step, float32, and zero, int32, of TILE tokens; 0 where not visible."""
     scale_at = page + (VECTORS[5] + offset * VECTORS[6])
