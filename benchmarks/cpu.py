@@ -39,6 +39,7 @@ FORMATS = {
     "int4": (0.0, 0.0, "int4", "int4"),
     "int4/int3": (0.0, 0.0, "int4", "int3"),
     "int3": (0.0, 0.0, "int3", "int3"),
+    "int3/int2": (0.0, 0.0, "int3", "int2"),
 }
 """Sparsity of keys and of values, their codecs."""
 HEADS = {64: (3, 3), 128: (2, 4)}  # head_size: KV heads, query heads per KV head

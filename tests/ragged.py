@@ -103,22 +103,34 @@ EMPTY = (
     CaseSpec((), "no requests", window=0, padding=0),
 )
 
-RAGGED_MATRIX: tuple[CaseSpec, ...] = (
-    *(_spec(seed, chosen) for seed, chosen in enumerate(_pairwise(AXES))),
-    *EMPTY,
-)
+
+def _matrix(axes: dict[str, tuple[Any, ...]]) -> tuple[CaseSpec, ...]:
+    return tuple(_spec(seed, chosen) for seed, chosen in enumerate(_pairwise(axes)))
+
+
+RAGGED_MATRIX: tuple[CaseSpec, ...] = (*_matrix(AXES), *EMPTY)
 """Every pair of values of :data:`AXES` in at least one case, and empty batches; use ``ids=str``."""
 
-INT3_MATRIX: tuple[CaseSpec, ...] = tuple(
-    _spec(seed, chosen)
-    for seed, chosen in enumerate(
-        _pairwise(
-            AXES
-            | {
-                "codecs": (("int3", "int3"), ("int4", "int3"), ("int3", "auto")),
-                "sparsities": ((0.0, 0.0),),
-            }
-        )
-    )
+WHOLE_ONLY = ("int3", "int2")
+"""Codecs that store whole vectors only."""
+
+INT3_MATRIX = _matrix(
+    AXES
+    | {
+        "codecs": (("int3", "int3"), ("int4", "int3"), ("int3", "auto")),
+        "sparsities": ((0.0, 0.0),),
+    }
 )
-"""The same for int3, which stores whole vectors only."""
+"""The same for int3."""
+
+INT2_MATRIX = _matrix(
+    AXES
+    | {
+        "batch": ("decode", "hits", "prompts", "chunks", "speculative"),
+        "head_size": (80, 128, 256),
+        "group": (1, 3, 8),
+        "codecs": (("int3", "int2"), ("int2", "int2"), ("auto", "int2")),
+        "sparsities": ((0.0, 0.0),),
+    }
+)
+"""Fewer for int2, which differs from int3 in its codes alone."""

@@ -69,10 +69,11 @@ def test_bad_dtype(field, value):
 
 
 @pytest.mark.parametrize("kind", ["key", "value"])
-def test_int3_takes_whole_vectors_only(kind):
-    message = refusal({f"{kind}_dtype": "int3", f"{kind}_sparsity": 0.5})
+@pytest.mark.parametrize("dtype", ["int3", "int2"])
+def test_few_bits_take_whole_vectors_only(kind, dtype):
+    message = refusal({f"{kind}_dtype": dtype, f"{kind}_sparsity": 0.5})
     assert message == (
-        f"sparsekv.{kind}_sparsity=0.5: must be 0 with {kind}_dtype='int3'; "
+        f"sparsekv.{kind}_sparsity=0.5: must be 0 with {kind}_dtype={dtype!r}; "
         "int4, fp8 and auto can be pruned"
     )
 
@@ -88,11 +89,14 @@ def test_bad_basis(value):
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
-def test_only_integer_keys_change_basis(dtype):
-    message = refusal({"basis": "b", "key_dtype": dtype, "value_dtype": "int4"})
+def test_only_integers_change_basis(dtype):
+    message = refusal({"basis": "b", "key_dtype": dtype, "value_dtype": "fp8"})
     assert message == (
-        f"sparsekv.basis='b': must be None with key_dtype={dtype!r}, only integer keys change basis"
+        f"sparsekv.basis='b': must be None with key_dtype={dtype!r}, value_dtype='fp8': "
+        "only integers change basis"
     )
+    assert SparseKVConfig(key_dtype=dtype, basis="b").basis == "b"
+    assert SparseKVConfig(value_dtype=dtype, basis="b").basis == "b"
 
 
 @pytest.mark.parametrize("value", ["fast", "", 1, ["capacity"], {}])

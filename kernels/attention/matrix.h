@@ -70,6 +70,7 @@ inline void expand_rows(int storage, const Vectors& x, int n, int head_size, flo
         case BFLOAT16 + WHOLE: return expand_rows<BFLOAT16 + WHOLE>(x, n, head_size, out);
         case FLOAT16 + WHOLE: return expand_rows<FLOAT16 + WHOLE>(x, n, head_size, out);
         case INT3 + WHOLE: return expand_rows<INT3 + WHOLE>(x, n, head_size, out);
+        case INT2 + WHOLE: return expand_rows<INT2 + WHOLE>(x, n, head_size, out);
         default: return expand_rows<INT4 + WHOLE>(x, n, head_size, out);
     }
 }

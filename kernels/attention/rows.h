@@ -11,8 +11,8 @@ constexpr int ROW_BLOCK = 4;  // rows the functions of this file take at most
 constexpr int OVERREAD = 64;  // bytes that expand() may read past the last survivor
 
 // Beside the numbers of Storage: float32 rows without a bitmap, and what is added to the storage of
-// vectors that keep all their elements. Kernels know no FP8 (batch.h) and no INT3
-// but INT3 + WHOLE; whole integer vectors are packed codes.
+// vectors that keep all their elements. Kernels know no FP8 (batch.h), and INT3 and INT2 only with
+// WHOLE; whole integer vectors are packed codes.
 constexpr int DENSE = -1;
 constexpr int WHOLE = 4;
 constexpr bool is_packed(int storage) { return storage >= INT4 + WHOLE; }
@@ -54,7 +54,7 @@ struct Walk {
             values += sizeof(F);
             return x;
         } else if constexpr (is_packed(STORAGE)) {
-            constexpr int BITS = STORAGE == INT4 + WHOLE ? 4 : 3;
+            constexpr int BITS = storage_bits(STORAGE - WHOLE);
             const F x = spread_codes<BITS>(values);
             values += LANES * BITS / 8;
             return x;
@@ -162,7 +162,7 @@ using RowKernel = void (*)(const float*, const Vectors&, int, int, float*, Ahead
             SPARSEKV_ROWS(function, BFLOAT16), SPARSEKV_ROWS(function, FLOAT16), {},       \
             SPARSEKV_ROWS(function, INT4), SPARSEKV_ROWS(function, BFLOAT16 + WHOLE),      \
             SPARSEKV_ROWS(function, FLOAT16 + WHOLE), {}, int4_whole,                      \
-            SPARSEKV_ROWS(function, INT3 + WHOLE)                                          \
+            SPARSEKV_ROWS(function, INT3 + WHOLE), SPARSEKV_ROWS(function, INT2 + WHOLE)   \
     }
 // Without keys of INT4 + WHOLE, which codes.h scores.
 inline RowKernel score_kernel(int storage, int rows) {

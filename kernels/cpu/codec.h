@@ -6,10 +6,10 @@
 namespace sparsekv::SPARSEKV_ISA {
 
 // The numbers are those of STORAGE in kernels/cpu/ops.py.
-enum Storage : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FP8 = 3, INT4 = 4, INT3 = 5 };
+enum Storage : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FP8 = 3, INT4 = 4, INT3 = 5, INT2 = 6 };
 
-inline int storage_bits(int storage) {
-    constexpr int BITS[] = {32, 16, 16, 8, 4, 3};
+constexpr int storage_bits(int storage) {
+    constexpr int BITS[] = {32, 16, 16, 8, 4, 3, 2};
     return BITS[storage];
 }
 inline bool is_integer(int storage) { return storage >= INT4; }
@@ -117,7 +117,7 @@ struct IntScale {
 // whether any step is NaN.
 inline bool decode_scales(
     int storage, const uint8_t* scales, int count, float unit, float* steps, float* zeros) {
-    const float zero_unit = storage == INT4 ? 0x1p-3f : 0x1p-4f;
+    const float zero_unit = 1.f / (1 << (7 - storage_bits(storage)));
     bool has_nan = false;
     int i = 0;
 #if defined(__AVX2__)

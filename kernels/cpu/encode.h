@@ -8,8 +8,8 @@ namespace sparsekv::SPARSEKV_ISA {
 // `survivors` is a multiple of the codes in as few whole bytes as can be.
 template <int BITS>
 void encode_integers(const float* x, int survivors, uint8_t* values, uint8_t* scales) {
-    constexpr float STEPS = BITS == 4 ? 15.f : BITS == 3 ? 7.5f : 3.5f, LARGEST = (1 << BITS) - 1, UNITS = 1 << (7 - BITS);
-    constexpr int BYTES = BITS == 4 ? 1 : BITS, TOGETHER = 8 * BYTES / BITS;
+    constexpr float LARGEST = (1 << BITS) - 1, STEPS = BITS == 4 ? LARGEST : LARGEST + 0.5f, UNITS = 1 << (7 - BITS);
+    constexpr int BYTES = BITS == 3 ? 3 : 1, TOGETHER = 8 * BYTES / BITS;
     constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
     float low = 0, high = 0;
     for (int i = 0; i < survivors; ++i) {
@@ -44,6 +44,7 @@ void encode_integers(const float* x, int survivors, uint8_t* values, uint8_t* sc
 inline void encode(int storage, const float* x, int survivors, uint8_t* values, uint8_t* scales) {
     if (storage == INT4) return encode_integers<4>(x, survivors, values, scales);
     if (storage == INT3) return encode_integers<3>(x, survivors, values, scales);
+    if (storage == INT2) return encode_integers<2>(x, survivors, values, scales);
     if (storage != FP8) return encode_row(storage, x, survivors, values);
     for (int i = 0; i < survivors; ++i) values[i] = float_to_fp8(x[i]);
 }

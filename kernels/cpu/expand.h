@@ -116,6 +116,19 @@ template <int BITS>
 inline F spread_codes(const uint8_t* p);
 
 template <>
+inline F spread_codes<2>(const uint8_t* p) {
+    int32_t codes;
+    memcpy(&codes, p, sizeof codes);
+    const I words = I{} + codes;
+#if defined(__AVX512F__)
+    constexpr I SHIFT = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+#else
+    constexpr I SHIFT = {0, 2, 4, 6, 8, 10, 12, 14};
+#endif
+    return __builtin_convertvector(words >> SHIFT & 3, F);
+}
+
+template <>
 inline F spread_codes<3>(const uint8_t* p) {
     int32_t codes[LANES / 8];
     for (int i = 0; i < LANES / 8; ++i) memcpy(codes + i, p + 3 * i, sizeof(int32_t));

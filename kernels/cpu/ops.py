@@ -19,7 +19,15 @@ from vllm_sparsekv.kernels.cpu.build import library, supported_isas
 
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "fp8": 3, "int4": 4, "int3": 5}
+STORAGE = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    "fp8": 3,
+    "int4": 4,
+    "int3": 5,
+    "int2": 6,
+}
 """How elements are stored: the model dtype or a codec's name; mirrored in ``codec.h``."""
 
 MAX_HEAD_SIZE = 1024

@@ -109,18 +109,18 @@ void run_batch(const Shape& shape) {
 int main() {
     int batches = 0;
     for (const int head_size : {16, 64, 80, 96, 128, 256})
-        for (const int storage : {-1, int(FP8), int(INT4), int(INT3)})
+        for (const int storage : {-1, int(FP8), int(INT4), int(INT3), int(INT2)})
             for (const int model : {int(FLOAT32), int(BFLOAT16), int(FLOAT16)}) {
                 const int block_size = batches % 2 ? 16 : 64, window = batches % 3 ? 24 : 0;
                 const int stored = storage < 0 ? model : storage;
                 const int value_stored = batches % 4 ? stored : int(INT4);
                 // One of `divisor` elements survives, or all of them.
                 const auto survivors = [&](int storage, int divisor) {
-                    return storage == INT3 ? head_size : (head_size / divisor + 3) / 4 * 4;
+                    return storage >= INT3 ? head_size : (head_size / divisor + 3) / 4 * 4;
                 };
                 const VectorLayout key{survivors(stored, batches / 3 % 2 + 1), stored};
                 const VectorLayout value{survivors(value_stored, batches / 2 % 3 + 1), value_stored};
-                run_batch({head_size, 1 + batches % 5, block_size, window, model, key, value, 1 + batches % 2});
+                run_batch({head_size, 1 + batches % 7, block_size, window, model, key, value, 1 + batches % 2});
                 ++batches;
             }
     std::printf("%d batches\n", batches);
