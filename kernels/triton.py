@@ -5,18 +5,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparsekv.codecs import Int3Codec, Int4Codec
+from vllm_sparsekv.codecs import Int2Codec, Int3Codec, Int4Codec
 from vllm_sparsekv.format import VectorFormat
 
 AUTO = tl.constexpr(0)
 FP8 = tl.constexpr(1)
 INT4 = tl.constexpr(2)
 INT3 = tl.constexpr(3)
-CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2, "int3": 3}
-"""Integer codecs from INT4 on."""
+INT2 = tl.constexpr(4)
+CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2, "int3": 3, "int2": 4}
+"""Integer codecs from INT4 on, of 6 - id bits."""
 
 _STEPS4 = tl.constexpr(float(Int4Codec.steps))
 _STEPS3 = tl.constexpr(float(Int3Codec.steps))
+_STEPS2 = tl.constexpr(float(Int2Codec.steps))
 
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding, then subtracting it rounds |x| < 2**22 to an integer, ties to even."""
@@ -81,7 +83,7 @@ def decode_fp8(code):
 @triton.jit
 def int_scale(x, survives, BITS: tl.constexpr):
     """Step, in the bits of float16, and zero of each row of x (rows, D) float32, both int32."""
-    STEPS: tl.constexpr = _STEPS4 if BITS == 4 else _STEPS3
+    STEPS: tl.constexpr = _STEPS4 if BITS == 4 else _STEPS3 if BITS == 3 else _STEPS2
     UNITS: tl.constexpr = 2 ** (7 - BITS)
     low = tl.minimum(tl.min(tl.where(survives, x, 0.0), axis=1), 0.0)
     high = tl.maximum(tl.max(tl.where(survives, x, 0.0), axis=1), 0.0)

@@ -110,7 +110,9 @@ def test_fp8_of_a_whole_vector(converts_fp8):
     assert (actual.view(np.float16) == fp8_values(codes)).all()
 
 
-@pytest.mark.parametrize(("codec", "bits", "words"), [("int4", 4, 1), ("int3", 3, 3)])
+@pytest.mark.parametrize(
+    ("codec", "bits", "words"), [("int4", 4, 1), ("int3", 3, 3), ("int2", 2, 1)]
+)
 def test_integers_of_a_whole_vector(codec, bits, words):
     shifts = np.array(CODE_SHIFTS[codec])
     outputs = len(shifts)

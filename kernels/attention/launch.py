@@ -175,12 +175,16 @@ def attend_options(fmt: SparseFormat, launch: Launch, target: int) -> dict[str, 
 
     Before compute capability 9.0 shared memory bounds the programs of a multiprocessor, so that
     fewer registers would only spill. From 9.0 on registers do, and the compiler does not take the
-    168 that let 12 warps in unless it must; only two tiles to a head need more.
+    168 that let 12 warps in unless it must. Two tiles to a head need more, and 16-bit survivors
+    of a wide head take less on 10.0 and would spill.
     """
     options = {"num_warps": launch.num_warps}
     size = fmt.head_size
     if 80 <= target < 90:
         options["maxnreg"] = 255
     elif launch.rows <= 8 and size <= 128 and unpacks_words(size, fmt.dtype.itemsize, target):
-        options["maxnreg"] = 255 if parts(size)[1] else 168
+        if parts(size)[1]:
+            options["maxnreg"] = 255
+        elif size <= 64 or target < 100 or fmt.key.codec.bits < 16:
+            options["maxnreg"] = 168
     return options

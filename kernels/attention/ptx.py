@@ -65,16 +65,17 @@ def unpack_word(codec: str, converts_fp8: bool) -> str:
 
 def decode_constraints(codec: str) -> str:
     """Operand constraints of :func:`decode_word`."""
-    outputs, words = {"fp8": (2, 1), "int4": (4, 1), "int3": (16, 3)}[codec]
+    outputs, words = {"fp8": (2, 1), "int4": (4, 1), "int3": (16, 3), "int2": (8, 1)}[codec]
     return ",".join(["=r"] * outputs + ["r"] * words)
 
 
 def decode_word(codec: str, converts_fp8: bool) -> str:
     """32 bits of packed elements, 96 of int3, to as many 16-bit elements, two an output.
 
-    Inputs (.b32) are the words, after 2 outputs for fp8, 4 for int4 and 16 for int3. fp8 keeps the
-    order of elements. Output i of the integer codecs is elements i and i + n, n the number of
-    outputs, each as the float16 ``(code << shift) * 2**-24`` with shift ``CODE_SHIFTS[codec][i]``.
+    Inputs (.b32) are the words, after 2 outputs for fp8, 4 for int4, 8 for int2 and 16 for int3.
+    fp8 keeps the order of elements. Output i of the integer codecs is elements i and i + n, n the
+    number of outputs, each as the float16 ``(code << shift) * 2**-24`` with shift
+    ``CODE_SHIFTS[codec][i]``.
     """
     lines = [
         ".reg .b32 four, zero, pair, code, scale;",
@@ -84,18 +85,19 @@ def decode_word(codec: str, converts_fp8: bool) -> str:
     ]
     if codec == "fp8":
         lines += ["mov.b32 four, $2;", *_float16_of_fp8(0, converts_fp8)]
-    elif codec == "int4":
-        lines.append("shr.u32 four, $4, 8;")
-        for out, shift in enumerate(CODE_SHIFTS["int4"]):
-            lines.append(
-                f"and.b32 ${out}, {'$4' if out < 2 else 'four'}, {0x000F000F << shift:#x};"
-            )
+    elif codec in ("int4", "int2"):
+        shifts = CODE_SHIFTS[codec]
+        word, mask = f"${len(shifts)}", 0x000F000F if codec == "int4" else 0x00030003
+        lines.append(f"shr.u32 four, {word}, 8;")
+        for out, shift in enumerate(shifts):
+            source = word if 2 * out < len(shifts) else "four"
+            lines.append(f"and.b32 ${out}, {source}, {mask << shift:#x};")
     else:
         lines += _decode_int3()
     return "\n".join(["{", *lines, "}"])
 
 
-CODE_SHIFTS = {"int4": (0, 4, 0, 4), "int3": (0, 3, 6, 1, 4, 7, 2, 5) * 2}
+CODE_SHIFTS = {"int4": (0, 4) * 2, "int2": (0, 2, 4, 6) * 2, "int3": (0, 3, 6, 1, 4, 7, 2, 5) * 2}
 """Where the codes of an output of :func:`decode_word` lie in its halves."""
 
 

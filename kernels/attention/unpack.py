@@ -16,7 +16,7 @@ from vllm_sparsekv.kernels.attention.ptx import (
     decode_word,
     unpack_word,
 )
-from vllm_sparsekv.kernels.triton import AUTO, FP8, INT3, INT4, decode_fp8, decode_scale
+from vllm_sparsekv.kernels.triton import AUTO, FP8, INT2, INT3, INT4, decode_fp8, decode_scale
 
 _AUTO = tl.constexpr(unpack_word("auto", True))
 _FP8 = tl.constexpr(unpack_word("fp8", True))
@@ -29,9 +29,11 @@ _ALL_FP8 = tl.constexpr(decode_word("fp8", True))
 _ALL_FP8_WIDENED = tl.constexpr(decode_word("fp8", False))
 _ALL_INT4 = tl.constexpr(decode_word("int4", True))
 _ALL_INT3 = tl.constexpr(decode_word("int3", True))
+_ALL_INT2 = tl.constexpr(decode_word("int2", True))
 _ALL_FP8_OPERANDS = tl.constexpr(decode_constraints("fp8"))
 _ALL_INT4_OPERANDS = tl.constexpr(decode_constraints("int4"))
 _ALL_INT3_OPERANDS = tl.constexpr(decode_constraints("int3"))
+_ALL_INT2_OPERANDS = tl.constexpr(decode_constraints("int2"))
 
 
 def _unit_exponents(codec: str, largest: int) -> tl.constexpr:
@@ -41,20 +43,21 @@ def _unit_exponents(codec: str, largest: int) -> tl.constexpr:
 
 _INT4_UNITS = _unit_exponents("int4", 4)
 _INT3_UNITS = _unit_exponents("int3", 7)
+_INT2_UNITS = _unit_exponents("int2", 6)
 
 
 @triton.jit
 def code_step(CODEC: tl.constexpr):
     """What a step is multiplied with for integer tiles in words.
 
-    They count 16ths of a code, INT3's 128ths, in units of 2**-24.
+    They count 16ths of a code, INT3's 128ths, INT2's 64ths, in units of 2**-24.
     """
-    return 2.0**17 if CODEC == INT3 else 2.0**20
+    return 2.0**20 if CODEC == INT4 else 2.0**17 if CODEC == INT3 else 2.0**18
 
 
 @triton.jit
 def code_zero(CODEC: tl.constexpr):
-    """An 8th of a code, for INT3 a 16th, what a scale's zero counts, in the units of such tiles."""
+    """What a scale's zero counts, an 8th of a code, INT3's 16th, INT2's 32nd, in their units."""
     return 2.0**-21 if CODEC == INT3 else 2.0**-23
 
 
@@ -233,6 +236,10 @@ def decode_words(
         words = values_at.to(tl.pointer_type(tl.int32)) + FIRST // 8
         word = _load_rows(words, visible, LEFT // 8, WIDTH // 8)
         return _halves(_ALL_INT4, _ALL_INT4_OPERANDS, [word], DTYPE, 4)
+    elif CODEC == INT2:
+        words = values_at.to(tl.pointer_type(tl.int32)) + FIRST // 16
+        word = _load_rows(words, visible, LEFT // 16, WIDTH // 16)
+        return _halves(_ALL_INT2, _ALL_INT2_OPERANDS, [word], DTYPE, 8)
     else:
         words = values_at.to(tl.pointer_type(tl.int32)) + FIRST // 32 * 3
         low = _load_rows(words, visible, LEFT // 32, WIDTH // 32, 3)
@@ -245,12 +252,13 @@ def decode_words(
 def decoded_query(q, CODEC: tl.constexpr):
     """q (ROWS, PADDED) for a product with integer tiles of :func:`decode_words`.
 
-    Such a tile has of each 2 n elements 0 n 1 n + 1 ..., n = 4 for INT4 and 16 for INT3, codes in
+    Such a tile has of each 2 n elements 0 n 1 n + 1 ..., n = 4 for INT4, 16 for INT3
+    and 8 for INT2, codes in
     units that depend on the element; here elements are multiplied so that all count alike.
     """
     ROWS: tl.constexpr = q.shape[0]
     PADDED: tl.constexpr = q.shape[1]
-    HALF: tl.constexpr = 16 if CODEC == INT3 else 4
+    HALF: tl.constexpr = 16 if CODEC == INT3 else 8 if CODEC == INT2 else 4
     alike = (q.to(tl.float32) * _units(PADDED, CODEC)[None, :]).to(q.dtype)
     grouped = tl.reshape(alike, [ROWS, PADDED // (2 * HALF), 2, HALF])
     return tl.reshape(tl.permute(grouped, [0, 1, 3, 2]), [ROWS, PADDED])
@@ -261,7 +269,7 @@ def encoded_order(weighted, CODEC: tl.constexpr):
     """Sums (PADDED, ROWS) over such a tile, their elements in order again and counting alike."""
     PADDED: tl.constexpr = weighted.shape[0]
     ROWS: tl.constexpr = weighted.shape[1]
-    HALF: tl.constexpr = 16 if CODEC == INT3 else 4
+    HALF: tl.constexpr = 16 if CODEC == INT3 else 8 if CODEC == INT2 else 4
     grouped = tl.reshape(weighted, [PADDED // (2 * HALF), HALF, 2, ROWS])
     ordered = tl.reshape(tl.permute(grouped, [0, 2, 1, 3]), [PADDED, ROWS])
     return ordered * _units(PADDED, CODEC)[:, None]
@@ -270,8 +278,9 @@ def encoded_order(weighted, CODEC: tl.constexpr):
 @triton.jit
 def _units(PADDED: tl.constexpr, CODEC: tl.constexpr):
     """(PADDED,) float32 powers of two, by element."""
-    HALF: tl.constexpr = 16 if CODEC == INT3 else 4
-    EXPONENTS: tl.constexpr = _INT3_UNITS if CODEC == INT3 else _INT4_UNITS
+    HALF: tl.constexpr = 16 if CODEC == INT3 else 8 if CODEC == INT2 else 4
+    INT2_OR_4: tl.constexpr = _INT2_UNITS if CODEC == INT2 else _INT4_UNITS
+    EXPONENTS: tl.constexpr = _INT3_UNITS if CODEC == INT3 else INT2_OR_4
     place = (tl.arange(0, PADDED) % HALF * 4).to(tl.int64)
     exponent = (tl.full([PADDED], EXPONENTS, tl.int64) >> place) & 15
     return (1 << exponent).to(tl.float32)
@@ -361,7 +370,7 @@ def unpack_elements(
         code = tl.load(values_at[:, None] + rank, mask=kept, other=0)
         return decode_fp8(code.to(tl.int32)).to(DTYPE)
     else:
-        BITS: tl.constexpr = 4 if CODEC == INT4 else 3
+        BITS: tl.constexpr = 6 - CODEC
         first = rank * BITS
         byte = values_at[:, None] + first // 8
         packed = tl.load(byte, mask=kept, other=0).to(tl.int32)

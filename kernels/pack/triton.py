@@ -15,7 +15,6 @@ from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.kernels.triton import (
     AUTO,
     FP8,
-    INT4,
     encode_fp8,
     encode_int,
     int_scale,
@@ -168,7 +167,7 @@ def _pack_rows(
         tl.store(values[:, None] + rank, code.to(tl.uint8), mask=stored)
     else:
         x = tl.where(magnitude == 0, 0.0, x.to(tl.float32))
-        CODE_BITS: tl.constexpr = 4 if CODEC == INT4 else 3
+        CODE_BITS: tl.constexpr = 6 - CODEC
         step, zero = int_scale(x, survives, CODE_BITS)
         code = encode_int(x, step[:, None], zero[:, None], CODE_BITS)
         if SURVIVORS == D:

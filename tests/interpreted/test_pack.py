@@ -64,8 +64,9 @@ def test_awkward_vectors(size, key_sparsity, value_sparsity, dtype, codec):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [64, 80, 128])
-def test_awkward_whole_vectors_of_int3(size, dtype):
-    fmt = SparseFormat.from_config(SparseKVConfig(0.0, 0.0, "int4", "int3", 0), size, dtype)
+@pytest.mark.parametrize("codec", ["int3", "int2"])
+def test_awkward_whole_vectors_of_few_bits(codec, size, dtype):
+    fmt = SparseFormat.from_config(SparseKVConfig(0.0, 0.0, "int4", codec, 0), size, dtype)
     x = awkward_vectors(size, dtype)
     assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
 
