@@ -6,6 +6,7 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 BASIS := .cache/basis.safetensors
+TUNING := handbook novel reference python
 
 ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
@@ -71,10 +72,11 @@ bench-kernels: $(SETUP)
 bench-accuracy: $(SETUP) $(BASIS)
 	$(BIN)/python benchmarks/accuracy.py perplexity --model $(MODEL) --basis $(BASIS)
 
-# Calibrated on a tuning text, never on those the results are quoted on.
+# Calibrated on the tuning texts, never on those the results are quoted on.
 $(BASIS): | $(SETUP) $(MODEL)/config.json
 	$(BIN)/python benchmarks/texts/fetch.py .cache/texts
-	$(BIN)/python -m vllm_sparsekv.calibrate $(MODEL) --text .cache/texts/handbook.txt --output $@
+	$(BIN)/python -m vllm_sparsekv.calibrate $(MODEL) \
+		--text $(TUNING:%=.cache/texts/%.txt) --output $@
 
 # The GPU targets use the torch and triton of $(PYTHON), not .venv; vLLM only where it is installed.
 GPU_PATH := build/gpu

@@ -1,4 +1,4 @@
-"""The evaluator with calibrated keys: one method per layer, rows beside those of the presets."""
+"""The evaluator with a calibrated basis: a method per layer, rows beside those of the presets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from vllm_sparsekv.basis import LayerMatrices
 from vllm_sparsekv.basis_file import write_basis
 from vllm_sparsekv.config import PRESETS, SparseKVConfig
 
@@ -25,11 +26,12 @@ LAYERS, KV_HEADS, SIZE = 2, 2, 64
 
 @pytest.fixture(scope="module")
 def basis(tmp_path_factory) -> Path:
-    """A file whose matrices stretch the first coordinate of each head, more in the second layer."""
+    """Matrices that stretch the first coordinate of each key, more in the second layer."""
     path = tmp_path_factory.mktemp("basis") / "basis.safetensors"
     matrices = [torch.eye(SIZE).repeat(KV_HEADS, 1, 1) for _ in range(LAYERS)]
     matrices[0][:, 0, 0], matrices[1][:, 0, 0] = 2, 50
-    write_basis(path, matrices, "a-model")
+    eye = torch.eye(SIZE).repeat(KV_HEADS, 1, 1)
+    write_basis(path, [LayerMatrices(key=key, value=eye) for key in matrices], "a-model")
     return path
 
 
@@ -72,7 +74,8 @@ def test_pruned_keys_lose_what_is_small_in_their_basis(basis):
     assert first > 0.9
     assert second < 0.02
     plain = sparse(replace(config, basis=None), SIZE, torch.float32)
-    assert torch.equal(method.value(key), plain.value(key))
+    for layer in method.layers:
+        assert (layer.value(key) - plain.value(key)).abs().max() < 1e-5
     assert method.vector_bytes == plain.vector_bytes
     assert not plain.layers and "basis" not in plain.settings
 
@@ -82,10 +85,11 @@ def test_rows_of_calibrated_presets(basis):
         build_methods(SIZE, torch.bfloat16),
         build_methods(SIZE, torch.bfloat16, basis=basis),
     )
-    added = {f"sparsekv-{name}-calibrated" for name in (*PRESETS, "pruned")}
+    added = {f"sparsekv-{name}-calibrated" for name in (*PRESETS, "int3-int2", "pruned")}
     assert methods.keys() - plain.keys() == added
     # Keys: 8 bytes of bitmap, 16 of codes and 2 of scale; values: 24 and 2.
     assert methods["sparsekv-pruned-calibrated"].vector_bytes == 26 + 26
+    assert methods["sparsekv-int3-int2-calibrated"].vector_bytes == 26 + 18
     for name in PRESETS:
         row, calibrated = (methods[f"sparsekv-{name}{end}"] for end in ("", "-calibrated"))
         assert calibrated.vector_bytes == row.vector_bytes

@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sparsekv import plugin
 from vllm_sparsekv.backend import SparseKVBackend, SparseKVImpl, describe
+from vllm_sparsekv.basis import LayerMatrices
 from vllm_sparsekv.basis_file import write_basis
 from vllm_sparsekv.vllm_compat import check_version
 
@@ -161,8 +162,8 @@ def test_basis_of_another_model(
     path = tmp_path / "basis.safetensors"
     if shape is not None:
         layers, heads, size = shape
-        matrices = [torch.eye(size).repeat(heads, 1, 1) for _ in range(layers)]
-        write_basis(path, matrices, "a-model")
+        matrices = LayerMatrices(*torch.eye(size).expand(2, heads, size, size))
+        write_basis(path, [matrices] * layers, "a-model")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         configure(additional_config={"sparsekv": {"basis": str(path)}})
     assert f"sparsekv.basis={str(path)!r}" in str(error.value)
@@ -239,14 +240,14 @@ def test_start_up_line() -> None:
     )
 
 
-def test_start_up_line_says_that_keys_are_calibrated(tmp_path: Path) -> None:
+def test_start_up_line_says_that_the_basis_is_calibrated(tmp_path: Path) -> None:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     path = tmp_path / "basis.safetensors"
-    write_basis(path, [torch.eye(64).repeat(3, 1, 1) for _ in range(30)], "a-model")
+    write_basis(path, [LayerMatrices(*torch.eye(64).expand(2, 3, 64, 64))] * 30, "a-model")
     config = configure(additional_config={"sparsekv": {"basis": str(path)}})
     spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.uint8)
-    assert "effective, int4 calibrated; values" in describe(config, spec)
+    assert "effective, int3; calibrated; " in describe(config, spec)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.33.0+cpu"])

@@ -1,4 +1,4 @@
-"""One attention layer of the real backend with calibrated keys, without an engine around it."""
+"""One attention layer of the real backend in a calibrated basis, without an engine around it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm.distributed import (
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_sparsekv.backend import SparseKVImpl, SparseKVMetadata
-from vllm_sparsekv.basis import Basis, change
+from vllm_sparsekv.basis import Basis, LayerMatrices, change
 from vllm_sparsekv.basis_file import write_basis
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 
@@ -26,24 +26,25 @@ LAYERS, HEADS, KV_HEADS, SIZE, TOKENS = 30, 9, 3, 64, 40
 
 
 @pytest.fixture(scope="module")
-def matrices() -> torch.Tensor:
-    """(LAYERS, KV_HEADS, SIZE, SIZE), scaled rotations of which no two are alike."""
+def matrices() -> list[LayerMatrices]:
+    """Scaled rotations of which no two are alike."""
     generator = torch.Generator().manual_seed(0)
-    random = torch.randn(LAYERS, KV_HEADS, SIZE, SIZE, generator=generator)
-    return torch.linalg.qr(random).Q * torch.logspace(-0.5, 0.5, SIZE)
+    random = torch.randn(LAYERS, 2, KV_HEADS, SIZE, SIZE, generator=generator)
+    scaled = torch.linalg.qr(random).Q * torch.logspace(-0.5, 0.5, SIZE)
+    return [LayerMatrices(*pair) for pair in scaled]
 
 
 @pytest.fixture(scope="module", params=[0.0, 0.5], ids=["whole", "pruned"])
 def config(
-    request, matrices: torch.Tensor, tmp_path_factory: pytest.TempPathFactory
+    request, matrices: list[LayerMatrices], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmConfig]:
     folder: Path = tmp_path_factory.mktemp("basis")
-    write_basis(folder / "basis.safetensors", list(matrices), "demo")
+    write_basis(folder / "basis.safetensors", matrices, "demo")
     settings = {
         "key_sparsity": request.param,
-        "value_sparsity": 0.0,
+        "value_sparsity": request.param,
         "key_dtype": "int4",
-        "value_dtype": "auto",
+        "value_dtype": "int4",
         "window": 0,
         "basis": str(folder / "basis.safetensors"),
     }
@@ -71,7 +72,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     return torch.einsum("hn,nhd->hd", weight, value)
 
 
-def test_a_layer_takes_its_own_matrices(config: VllmConfig, matrices: torch.Tensor) -> None:
+def test_a_layer_takes_its_own_matrices(config: VllmConfig, matrices: list[LayerMatrices]) -> None:
     """History reads back as layer 7's basis leaves it; the step's own tokens are exact."""
     impl = SparseKVImpl(HEADS, SIZE, SIZE**-0.5, KV_HEADS)
     layer = torch.nn.Module()
@@ -95,8 +96,12 @@ def test_a_layer_takes_its_own_matrices(config: VllmConfig, matrices: torch.Tens
     exact = attention(query[TOKENS - 1], key[:TOKENS], value[:TOKENS])
     assert (out[TOKENS - 1] - exact).abs().max() < 1e-5
     basis = Basis.calibrated(impl.format, matrices[7])
-    packed = pack_vectors(change(key[:TOKENS], basis.key), impl.format.key)
-    stored = change(unpack_vectors(*packed, impl.format.key), basis.query.mT)
-    expected = attention(query[TOKENS], torch.cat([stored, key[TOKENS:]]), value)
+    fmt = impl.format
+    packed = pack_vectors(change(key[:TOKENS], basis.key), fmt.key)
+    stored_key = change(unpack_vectors(*packed, fmt.key), basis.query.mT)
+    packed = pack_vectors(change(value[:TOKENS], basis.value), fmt.value)
+    stored_value = change(unpack_vectors(*packed, fmt.value), basis.output)
+    read = torch.cat([stored_key, key[TOKENS:]]), torch.cat([stored_value, value[TOKENS:]])
+    expected = attention(query[TOKENS], *read)
     assert (out[TOKENS] - expected).abs().max() < 1e-5
     assert (expected - attention(query[TOKENS], key, value)).abs().max() > 1e-3

@@ -1,4 +1,4 @@
-"""The calibrated key basis: its algebra, its file, its refusals and the command that makes it."""
+"""The calibrated basis: its algebra, its file, its refusals and the command that makes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from vllm_sparsekv import calibrate
-from vllm_sparsekv.basis import Basis, change, kv_heads_of_rank
+from vllm_sparsekv.basis import Basis, LayerMatrices, change, kv_heads_of_rank
 from vllm_sparsekv.basis_file import BasisFile, write_basis
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
@@ -57,8 +57,8 @@ def test_balance_makes_both_moments_the_same():
     assert (after < 0.5 * before).all()
 
 
-def test_key_matrices_sort_coordinates_and_are_well_conditioned():
-    matrices = calibrate.key_matrices(moments(1), moments(2))
+def test_balanced_basis_sorts_coordinates_and_is_well_conditioned():
+    matrices = calibrate.balanced_basis(moments(1), moments(2))
     inverse = torch.linalg.inv(matrices)
     keys = matrices.mT @ moments(1) @ matrices
     energy = keys.diagonal(dim1=-2, dim2=-1)
@@ -75,11 +75,11 @@ def test_condition_is_capped():
     """Keys 1e8 times as large in one coordinate: without ridge and cap T has condition 1e4."""
     key = torch.diag(torch.tensor([1e8] + [1.0] * 15, dtype=torch.float64)).unsqueeze(0)
     query = torch.diag(torch.tensor([1.0] * 15 + [1e8], dtype=torch.float64)).unsqueeze(0)
-    condition = torch.linalg.cond(calibrate.key_matrices(key, query))
+    condition = torch.linalg.cond(calibrate.balanced_basis(key, query))
     assert condition.item() == pytest.approx(40.0, rel=0.02)  # (1 / (RIDGE / 16)) ** (1 / 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(calibrate, "LARGEST_CONDITION", 4.0)
-        condition = torch.linalg.cond(calibrate.key_matrices(key, query))
+        condition = torch.linalg.cond(calibrate.balanced_basis(key, query))
     assert condition.item() == pytest.approx(4.0, rel=1e-6)
 
 
@@ -87,9 +87,8 @@ def test_condition_is_capped():
 def test_scores_are_unchanged(sparsity):
     config = SparseKVConfig(sparsity, 0.5, "int4", "int4")
     fmt = SparseFormat.from_config(config, SIZE, torch.float32)
-    matrices = calibrate.key_matrices(moments(1), moments(2)).float()
-    basis = Basis.calibrated(fmt, matrices)
-    assert basis.value is None and basis.output is None
+    matrices = calibrate.balanced_basis(moments(1), moments(2)).float()
+    basis = Basis.calibrated(fmt, LayerMatrices(key=matrices, value=matrices.flip(0)))
     assert basis.key.dtype == basis.query.dtype == torch.float32
     tokens = 30
     key = vectors(tokens, HEADS, SIZE).float()
@@ -107,17 +106,19 @@ def test_scores_are_unchanged(sparsity):
 
 
 @pytest.mark.parametrize(("sparsity", "spread"), [(0.0, (1.0, 1.5)), (0.5, (2.0, 3.0))])
-def test_whole_keys_are_spread_and_pruned_keys_are_not(sparsity, spread):
-    """Largest to mean size of the coordinates, root mean squares over the keys of one head."""
-    config = SparseKVConfig(sparsity, 0.5, "int4", "int4")
+def test_whole_vectors_are_spread_and_pruned_ones_are_not(sparsity, spread):
+    """Largest to mean size of the coordinates, root mean squares over the tokens of one head."""
+    config = SparseKVConfig(sparsity, sparsity, "int4", "int4")
     fmt = SparseFormat.from_config(config, SIZE, torch.float32)
     x = vectors(HEADS, 4000, SIZE) * torch.logspace(0, 1, SIZE, dtype=torch.float64)
     moment = x.mT @ x / 4000
-    basis = Basis.calibrated(fmt, calibrate.key_matrices(moment, moment))
-    stored = change(x.transpose(0, 1).float(), basis.key)
-    size = stored.square().mean(0).sqrt()
-    ratio = size.amax(-1) / size.mean(-1)
-    assert spread[0] <= ratio.min() and ratio.max() < spread[1]
+    matrices = calibrate.balanced_basis(moment, moment)
+    basis = Basis.calibrated(fmt, LayerMatrices(key=matrices, value=matrices))
+    for matrix in (basis.key, basis.value):
+        stored = change(x.transpose(0, 1).float(), matrix)
+        size = stored.square().mean(0).sqrt()
+        ratio = size.amax(-1) / size.mean(-1)
+        assert spread[0] <= ratio.min() and ratio.max() < spread[1]
 
 
 @pytest.mark.parametrize(
@@ -137,12 +138,13 @@ def test_heads_of_tensor_parallel_ranks(heads, size, expected):
 
 def test_file_round_trip(tmp_path):
     path = tmp_path / "basis.safetensors"
-    matrices = list(vectors(LAYERS, HEADS, SIZE, SIZE))
-    write_basis(path, matrices, "a-model")
+    layers = [LayerMatrices(*pair) for pair in vectors(LAYERS, 2, HEADS, SIZE, SIZE)]
+    write_basis(path, layers, "a-model")
     file = BasisFile.open(str(path))
     assert file == BasisFile(path, "a-model", SIZE, LAYERS, HEADS)
-    for index, expected in enumerate(matrices):
-        assert torch.equal(file.layer(index), expected.float())
+    for index, (key, value) in enumerate(layers):
+        assert torch.equal(file.layer(index).key, key.float())
+        assert torch.equal(file.layer(index).value, value.float())
     for index in (-1, LAYERS):
         with pytest.raises(ValueError, match=rf"layer {index} is not one of its 2 layers"):
             file.layer(index)
@@ -161,11 +163,11 @@ def test_files_of_others_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=f"{wanted}, this is another safetensors file"):
         BasisFile.open(path)
-    header = {"kind": "vllm_sparsekv key basis", "version": "2"}
+    header = {"kind": "vllm_sparsekv basis", "version": "1"}
     save_file({"x": torch.zeros(1)}, path, header)
-    with pytest.raises(ValueError, match=f"{wanted} of version 1, this is version 2"):
+    with pytest.raises(ValueError, match=f"{wanted} of version 2, this is version 1"):
         BasisFile.open(path)
-    header |= {"version": "1", "model": "m", "head_size": "16", "num_layers": "1"}
+    header |= {"version": "2", "model": "m", "head_size": "16", "num_layers": "1"}
     save_file({"x": torch.zeros(1)}, path, header | {"num_kv_heads": "1"})
     with pytest.raises(ValueError, match=f"{wanted}, layers are missing"):
         BasisFile.open(path)
@@ -201,11 +203,18 @@ def test_observed_attention_is_the_model_itself(model_path):
     assert (got - expected).abs().max() < 1e-5
 
 
+def attention_layer(weight: torch.Tensor) -> torch.nn.Module:
+    layer = torch.nn.Module()
+    layer.layer_idx = 0
+    layer.o_proj = torch.nn.Linear(*weight.shape[::-1], bias=False)
+    layer.o_proj.weight.data = weight
+    return layer
+
+
 def test_moments_of_one_attention_layer():
     """Two queries of one head; the first sees one key, so only the second weighs the keys."""
     observed = calibrate.Moments()
-    layer = torch.nn.Module()
-    layer.layer_idx = 0
+    layer = attention_layer(torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 4.0]]))
     key = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 2)
     query = torch.tensor([[3.0, 0.0], [1.0, 0.0]]).view(1, 1, 2, 2)
     value = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 2)
@@ -218,6 +227,26 @@ def test_moments_of_one_attention_layer():
     assert (observed.key[0][0] - expected).abs().max() < 1e-6
     expected = torch.tensor([[20.0, 0], [0, 0]], dtype=torch.float64)
     assert torch.equal(observed.query[0][0], expected)
+    # p squared: 1 of the first query, 9 / 16 and 1 / 16 of the second.
+    expected = 2 * torch.tensor([[25 / 16, 0], [0, 1 / 16]], dtype=torch.float64)
+    assert (observed.value[0][0] - expected).abs().max() < 1e-6
+    expected = 2 * 26 / 16 * torch.tensor([[1.0, 0], [0, 25.0]], dtype=torch.float64)
+    assert (observed.output[0][0] - expected).abs().max() < 1e-5
+
+
+def test_output_moments_weigh_heads_by_their_own_attention():
+    """Of a group's two heads one looks at one token, the other at all four alike."""
+    observed = calibrate.Moments()
+    layer = attention_layer(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    key = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]).view(1, 1, 4, 2)
+    query = torch.zeros(1, 2, 4, 2)
+    query[0, 0, :, 0] = 1000
+    observed.attention(layer, query, key, torch.ones(1, 1, 4, 2), None, scaling=1.0)
+    expected = torch.diag(torch.tensor([4.0, 1 + 1 / 2 + 1 / 3 + 1 / 4], dtype=torch.float64))
+    assert (observed.output[0][0] - expected).abs().max() < 1e-6
+    layer.o_proj = None
+    with pytest.raises(ValueError, match="Module: has no output projection, must be one of"):
+        observed.attention(layer, query, key, key, None, scaling=1.0)
 
 
 def test_command(model_path, tmp_path, capsys):
@@ -230,17 +259,21 @@ def test_command(model_path, tmp_path, capsys):
     assert (file.head_size, file.num_layers, file.num_kv_heads) == (SIZE, LAYERS, HEADS)
     assert file.model == model_path.name
     for index in range(LAYERS):
-        matrices = file.layer(index).double()
-        assert torch.linalg.det(matrices).abs().sub(1).abs().max() < 1e-5
-        assert torch.linalg.cond(matrices).min() > 1
-        assert torch.linalg.cond(matrices).max() <= 100
-    with pytest.raises(SystemExit, match=r"words.txt: 130 tokens, must be >= 8192 \(--tokens\)"):
+        for matrices in file.layer(index):
+            matrices = matrices.double()
+            assert torch.linalg.det(matrices).abs().sub(1).abs().max() < 1e-5
+            assert torch.linalg.cond(matrices).min() > 1
+            assert torch.linalg.cond(matrices).max() <= 100
+    both = [str(model_path), "--text", str(text), str(text), "--output", str(output)]
+    calibrate.main([*both, "--device", "cpu", "--tokens", "256", "--length", "64"])
+    assert "2 layers, 256 tokens, condition " in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"words.txt: 130 tokens, must be >= 16384 \(--tokens\)"):
         calibrate.main(command)
     with pytest.raises(SystemExit, match="error: "):
         calibrate.main([str(tmp_path / "nothing"), "--text", str(text)])
     with pytest.raises(SystemExit):
         calibrate.main([*command, "--length", "1"])
-    assert "--length 1: must be > 1 and <= --tokens 8192" in capsys.readouterr().err
+    assert "--length 1: must be > 1 and <= 16384, a text's --tokens" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         calibrate.parse([str(model_path), "--text", str(text), "--output", "no/basis"])
     assert "--output no/basis: there is no folder no" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_sparsekv.admission import layer_format, settings_of
-from vllm_sparsekv.basis import Basis, change, kv_heads_of_rank
+from vllm_sparsekv.basis import Basis, LayerMatrices, change, kv_heads_of_rank
 from vllm_sparsekv.basis_file import BasisFile
 from vllm_sparsekv.format import BLOCK_SIZE_MULTIPLE, MODEL_DTYPES, SparseFormat
 from vllm_sparsekv.kernels import api
@@ -134,9 +134,10 @@ def describe(vllm_config: VllmConfig, spec: AttentionSpec) -> str:
     heads = spec.num_kv_heads
     return (
         f"sparsekv: keys {asked.key_sparsity:.1%} asked, {fmt.key.sparsity:.1%} effective, "
-        f"{asked.key_dtype}{' calibrated' if asked.basis else ''}; "
+        f"{asked.key_dtype}; "
         f"values {asked.value_sparsity:.1%} asked, "
         f"{fmt.value.sparsity:.1%} effective, {asked.value_dtype}; "
+        f"{'calibrated; ' if asked.basis else ''}"
         f"{heads * fmt.token_bytes} bytes per token and layer against "
         f"{heads * fmt.dense_token_bytes} dense ({fmt.dense_token_bytes / fmt.token_bytes:.2f}x); "
         f"window {fmt.window} tokens; block size {spec.block_size}"
@@ -189,15 +190,16 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         return WindowLayer(f"sparsekv.window.{index}", self.num_kv_heads, self.format, vllm_config)
 
     def _use_calibrated(self, layer_name: str, device: torch.device) -> None:
-        """Take the layer's key matrices, now that its name is known."""
+        """Take the layer's matrices, now that its name is known."""
         file = BasisFile.open(self.basis_path)
         heads = kv_heads_of_rank(
             file.num_kv_heads,
             get_tensor_model_parallel_rank(),
             get_tensor_model_parallel_world_size(),
         )
-        matrices = file.layer(layer_index(layer_name))[heads]
-        self.basis = Basis.calibrated(self.format, matrices, device)
+        layer = file.layer(layer_index(layer_name))
+        share = LayerMatrices(*(matrices[heads] for matrices in layer))
+        self.basis = Basis.calibrated(self.format, share, device)
         self.basis_path = None
 
     def forward(

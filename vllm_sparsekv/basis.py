@@ -4,9 +4,9 @@ Elements quantised with few bits lose least when they are all of one size, so ve
 every element in an integer codec are stored rotated: their energy is then spread evenly (QuaRot,
 arXiv 2404.00456). Pruned vectors stay as they are: pruning lives on elements of different sizes.
 
-Keys can take a calibrated basis instead (:mod:`vllm_sparsekv.calibrate`), one matrix per KV head.
-It makes elements matter as much as they are large, and of sizes as different as can be, so pruned
-keys are stored in it as they are, and whole keys rotated on top of it.
+Integer vectors can take a calibrated basis instead (:mod:`vllm_sparsekv.calibrate`), one matrix per
+KV head. It makes elements matter as much as they are large, and of sizes as different as can be, so
+pruned vectors are stored in it as they are, and whole ones rotated on top of it.
 
 Attention needs no vector back. With keys stored as ``k F`` and queries taken as ``q F^-T`` scores
 are unchanged, and with values stored as ``v F`` the output is ``o F^-1``.
@@ -15,12 +15,21 @@ are unchanged, and with values stored as ``v F`` the output is ``o F^-1``.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.codecs import IntCodec
+from vllm_sparsekv.format import SparseFormat, VectorFormat
+
+
+class LayerMatrices(NamedTuple):
+    """A calibrated basis: what one layer's vectors are multiplied with, (num_kv_heads, D, D)."""
+
+    key: torch.Tensor
+    value: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -56,22 +65,30 @@ class Basis:
 
     @classmethod
     def calibrated(
-        cls, fmt: SparseFormat, matrices: torch.Tensor, device: torch.device | str = "cpu"
+        cls, fmt: SparseFormat, layer: LayerMatrices, device: torch.device | str = "cpu"
     ) -> Basis:
-        """The same with keys in a basis of their own, in float32.
+        """The same in a basis of the layer's own, in float32, for integer keys and values.
 
         Args:
-            fmt: format of the layer; its keys are integers.
-            matrices: (num_kv_heads, D, D), what keys are multiplied with, on the CPU.
+            fmt: format of the layer.
+            layer: its matrices, on the CPU.
             device: where the result lies.
         """
-        forward = matrices.double()
-        inverse = torch.linalg.inv(forward)
-        if fmt.key.rotated:
-            there, back = (matrix.double() for matrix in rotation(fmt.head_size))
-            forward, inverse = forward @ there, back @ inverse
-        key, query = (matrix.to(device, torch.float32) for matrix in (forward, inverse.mT))
-        return replace(cls.of(fmt, device), key=key, query=query)
+        key, to_query = _calibrated(fmt.key, layer.key, device)
+        value, output = _calibrated(fmt.value, layer.value, device)
+        return cls(key, None if to_query is None else to_query.mT, value, output)
+
+
+def _calibrated(
+    vector: VectorFormat, matrices: torch.Tensor, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+    """What vectors are multiplied with, (num_kv_heads, D, D), and its inverse."""
+    if not isinstance(vector.codec, IntCodec):
+        return None, None
+    forward = matrices.double()
+    if vector.rotated:
+        forward = forward @ rotation(vector.head_size)[0].double()
+    return tuple(x.to(device, torch.float32) for x in (forward, torch.linalg.inv(forward)))
 
 
 def change(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:

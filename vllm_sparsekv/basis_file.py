@@ -1,11 +1,13 @@
-"""The file of calibrated key bases that ``sparsekv-calibrate`` writes, in safetensors format.
+"""The file of calibrated bases that ``sparsekv-calibrate`` writes, in safetensors format.
 
-It holds one tensor ``layers.<index>.key``, (num_kv_heads, D, D) float32, per decoder layer: what
-the post-RoPE keys of each KV head are multiplied with. The header's metadata say what it is for.
+It holds two tensors per decoder layer, ``layers.<index>.key`` and ``layers.<index>.value``, each
+(num_kv_heads, D, D) float32: what the post-RoPE keys and the values of each KV head are multiplied
+with. The header's metadata say what it is for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-KIND = "vllm_sparsekv key basis"
-VERSION = "1"
+from vllm_sparsekv.basis import LayerMatrices
+
+KIND = "vllm_sparsekv basis"
+VERSION = "2"
 
 
 @dataclass(frozen=True)
 class BasisFile:
-    """The header of a file of key bases.
+    """The header of a file of bases.
 
     Attributes:
         path: where it is.
@@ -58,12 +62,12 @@ class BasisFile:
             )
         sizes = [int(metadata[name]) for name in ("head_size", "num_layers", "num_kv_heads")]
         basis = cls(Path(path), metadata["model"], *sizes)
-        if names != {_name(index) for index in range(basis.num_layers)}:
+        if names != {name for index in range(basis.num_layers) for name in _names(index)}:
             raise ValueError(f"{wanted}, layers are missing")
         return basis
 
-    def layer(self, index: int) -> torch.Tensor:
-        """Key matrices of one layer, (num_kv_heads, D, D) float32.
+    def layer(self, index: int) -> LayerMatrices:
+        """Matrices of one layer, float32.
 
         Raises:
             ValueError: the file has no such layer.
@@ -74,23 +78,27 @@ class BasisFile:
                 f"{self.num_layers} layers"
             )
         with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(_name(index))
+            return LayerMatrices(*(file.get_tensor(name) for name in _names(index)))
 
 
-def write_basis(path: str | Path, matrices: list[torch.Tensor], model: str) -> None:
-    """Write the key matrices of all layers, each (num_kv_heads, D, D)."""
-    num_kv_heads, head_size, _ = matrices[0].shape
+def write_basis(path: str | Path, layers: Sequence[LayerMatrices], model: str) -> None:
+    """Write the matrices of all layers."""
+    num_kv_heads, head_size, _ = layers[0].key.shape
     metadata = {
         "kind": KIND,
         "version": VERSION,
         "model": model,
         "head_size": str(head_size),
-        "num_layers": str(len(matrices)),
+        "num_layers": str(len(layers)),
         "num_kv_heads": str(num_kv_heads),
     }
-    tensors = {_name(index): x.float().contiguous() for index, x in enumerate(matrices)}
+    tensors = {
+        name: matrices.float().clone(memory_format=torch.contiguous_format)
+        for index, layer in enumerate(layers)
+        for name, matrices in zip(_names(index), layer, strict=True)
+    }
     Path(path).write_bytes(save(tensors, metadata))
 
 
-def _name(layer: int) -> str:
-    return f"layers.{layer}.key"
+def _names(layer: int) -> list[str]:
+    return [f"layers.{layer}.{kind}" for kind in LayerMatrices._fields]

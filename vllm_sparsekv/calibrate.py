@@ -1,12 +1,16 @@
-"""Calibrate the basis in which a model's keys lose least: ``sparsekv-calibrate MODEL``.
+"""Calibrate the basis in which a model's keys and values lose least: ``sparsekv-calibrate MODEL``.
 
-An error e in a key moves the score of a query q by ``q . e``. With Sk the second moment of the
-keys of a KV head and Sq that of the queries of its group, the map T of :func:`balance` makes both
-the same matrix (balanced coordinates as in model reduction, Moore 1981), so that a coordinate
-matters to scores as much as it is large. Its eigenvectors then put as much as can be into few
-coordinates, which is what pruning by magnitude wants, and a Hadamard rotation spreads it evenly,
-which is what whole integer vectors want. Keys count by the attention they receive, p (1 - p)
-summed over queries, the derivative of the softmax.
+An error e in a key moves the score of a query q by ``q . e``. With S the second moment of the keys
+of a KV head and R that of the queries of its group, the map T of :func:`balance` makes both the
+same matrix (balanced coordinates as in model reduction, Moore 1981), so that a coordinate matters
+to scores as much as it is large. Its eigenvectors then put as much as can be into few coordinates,
+which is what pruning by magnitude wants, and a Hadamard rotation spreads it evenly, which is what
+whole integer vectors want. Keys count by the attention they receive, p (1 - p) summed over
+queries, the derivative of the softmax.
+
+An error e in a value moves the layer's output by ``p Wo e``. Values count by p squared, summed over
+queries, and are read by the rows of the output projection Wo, each head's as much as its own p
+squared.
 
 The command runs the Hugging Face model once over a text; it needs transformers, and not vLLM.
 """
@@ -21,28 +25,36 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vllm_sparsekv.basis import LayerMatrices
 from vllm_sparsekv.basis_file import write_basis
 
 NAME = "sparsekv_calibration"
 
 RIDGE = 1e-2
-"""Added to the diagonal of both moments, in units of its mean."""
+"""Added to the diagonal of moments, in units of its mean."""
 
 LARGEST_CONDITION = 100.0
-"""Of a key matrix: the ratio of its largest to its smallest singular value."""
+"""Of a matrix: the ratio of its largest to its smallest singular value."""
+
+OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
+"""What transformers' attention layers call the linear layer after attention."""
 
 
 class Moments:
-    """Second moments of the keys and queries that pass through a model's attention.
+    """Second moments of what is stored and of what reads it, by attention layer.
 
     Attributes:
-        key: by layer (num_kv_heads, D, D) float64, sum of k k^t over keys, weighted.
-        query: by layer (num_kv_heads, D, D) float64, sum of q q^t over the queries of the group.
+        key: (num_kv_heads, D, D) float64, sum of k k^t over keys, weighted.
+        query: (num_kv_heads, D, D) float64, sum of q q^t over the queries of the group.
+        value: (num_kv_heads, D, D) float64, sum of v v^t over values, weighted.
+        output: (num_kv_heads, D, D) float64, sum of Wo^t Wo over the heads of the group, weighted.
     """
 
     def __init__(self) -> None:
         self.key: dict[int, torch.Tensor] = {}
         self.query: dict[int, torch.Tensor] = {}
+        self.value: dict[int, torch.Tensor] = {}
+        self.output: dict[int, torch.Tensor] = {}
 
     def attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         """Causal attention of one unpadded text under transformers' interface, observed.
@@ -56,71 +68,102 @@ class Moments:
 
         Returns:
             (1, tokens, num_heads, D) in the dtype of query, and no weights.
+
+        Raises:
+            ValueError: the layer has no output projection under a known name.
         """
         num_kv_heads, tokens = key.shape[1:3]
         grouped = query[0].unflatten(0, (num_kv_heads, -1))
+        projection = _output_projection(module).unflatten(1, (*grouped.shape[:2], -1))
         future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
-        out, received = [], []
+        out, key_weight, value_weight, head_weight = [], [], [], []
         for q, k, v in zip(grouped, key[0], value[0], strict=True):
             scores = (q @ k.mT).float() * scaling
             p = scores.masked_fill(future, -torch.inf).softmax(-1)
-            received.append((p * (1 - p)).sum((0, 1)))
+            squared = p.square()
+            key_weight.append((p - squared).sum((0, 1)))
+            value_weight.append(squared.sum((0, 1)))
+            head_weight.append(squared.sum((1, 2)))
             out.append(p.to(v.dtype) @ v)
-        self._add(self.key, module.layer_idx, key[0], torch.stack(received))
-        self._add(self.query, module.layer_idx, grouped.flatten(1, 2))
+        read = projection.permute(1, 2, 0, 3)
+        rows = torch.stack(head_weight).unsqueeze(-1).expand(read.shape[:3])
+        layer = module.layer_idx
+        _add(self.key, layer, key[0], torch.stack(key_weight))
+        _add(self.query, layer, grouped.flatten(1, 2))
+        _add(self.value, layer, value[0], torch.stack(value_weight))
+        _add(self.output, layer, read.flatten(1, 2), rows.flatten(1, 2))
         return torch.cat(out).transpose(0, 1).unsqueeze(0).contiguous(), None
 
-    @staticmethod
-    def _add(moments, layer: int, x: torch.Tensor, weight: torch.Tensor | None = None) -> None:
-        """Add the moment of x, (num_kv_heads, n, D), weighted by (num_kv_heads, n)."""
-        x = x.double()
-        weighted = x if weight is None else x * weight.double().unsqueeze(-1)
-        moments[layer] = moments.get(layer, 0) + (x.mT @ weighted).cpu()
+
+def _output_projection(module: torch.nn.Module) -> torch.Tensor:
+    """Weight (hidden size, num_heads * D) of the linear layer after attention."""
+    for name in OUTPUT_PROJECTIONS:
+        weight = getattr(getattr(module, name, None), "weight", None)
+        if weight is not None:
+            return weight
+    raise ValueError(
+        f"{type(module).__name__}: has no output projection, must be one of {OUTPUT_PROJECTIONS}"
+    )
 
 
-def balance(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """The symmetric T with ``T Sk T^t == T^-t Sq T^-1``.
+def _add(
+    moments: dict[int, torch.Tensor],
+    layer: int,
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+) -> None:
+    """Add the moment of x, (num_kv_heads, n, D), weighted by (num_kv_heads, n)."""
+    x = x.double()
+    weighted = x if weight is None else x * weight.double().unsqueeze(-1)
+    moments[layer] = moments.get(layer, 0) + (x.mT @ weighted).cpu()
 
-    T^t T is the geometric mean of Sq and Sk^-1 (Pusz and Woronowicz 1975).
+
+def balance(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+    """The symmetric T with ``T S T^t == T^-t R T^-1``.
+
+    T^t T is the geometric mean of R and S^-1 (Pusz and Woronowicz 1975).
 
     Args:
-        key: Sk, (..., D, D) float64, positive definite.
-        query: Sq, likewise.
+        stored: S, (..., D, D) float64, positive definite.
+        reader: R, likewise.
     """
-    root = _power(query, 0.5)
-    return _power(root @ _power(root @ key @ root, -0.5) @ root, 0.5)
+    root = _power(reader, 0.5)
+    return _power(root @ _power(root @ stored @ root, -0.5) @ root, 0.5)
 
 
-def key_matrices(key: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """What keys are to be multiplied with, from the moments of one layer.
+def balanced_basis(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+    """What vectors are to be multiplied with, from the moments of one layer.
 
     Args:
-        key: (num_kv_heads, D, D) float64, moments of the keys.
-        query: (num_kv_heads, D, D) float64, moments of the queries.
+        stored: (num_kv_heads, D, D) float64, moments of the vectors.
+        reader: (num_kv_heads, D, D) float64, moments of what they are multiplied with later.
 
     Returns:
         (num_kv_heads, D, D) float64 of determinant +-1, condition at most
         :data:`LARGEST_CONDITION`: the balanced basis, most important coordinate first.
     """
-    key, query = _with_ridge(key), _with_ridge(query)
-    stretch, axes = torch.linalg.eigh(balance(key, query))
+    stored, reader = _with_ridge(stored), _with_ridge(reader)
+    stretch, axes = torch.linalg.eigh(balance(stored, reader))
     bound = LARGEST_CONDITION**0.5
     stretch = (stretch / _geometric_mean(stretch)).clamp(1 / bound, bound)
     balanced = axes @ torch.diag_embed(stretch / _geometric_mean(stretch)) @ axes.mT
-    _, principal = torch.linalg.eigh(balanced @ key @ balanced)
+    _, principal = torch.linalg.eigh(balanced @ stored @ balanced)
     return balanced @ principal.flip(-1)
 
 
 @torch.inference_mode()
-def calibrate(model: PreTrainedModel, samples: torch.Tensor) -> list[torch.Tensor]:
-    """Key matrices of all layers of a model.
+def calibrate(model: PreTrainedModel, samples: torch.Tensor) -> list[LayerMatrices]:
+    """Bases of all layers of a model.
 
     Args:
         model: a decoder whose attention implementation can be chosen.
         samples: (count, tokens) int64, run one by one.
 
     Returns:
-        by layer (num_kv_heads, D, D) float64, see :func:`key_matrices`.
+        by layer, float64, see :func:`balanced_basis`.
+
+    Raises:
+        ValueError: an attention layer whose output projection is not found.
     """
     moments = Moments()
     ALL_ATTENTION_FUNCTIONS.register(NAME, moments.attention)
@@ -128,8 +171,13 @@ def calibrate(model: PreTrainedModel, samples: torch.Tensor) -> list[torch.Tenso
     for index, tokens in enumerate(samples, 1):
         model.base_model(tokens.unsqueeze(0).to(model.device), use_cache=False)
         print(f"sample {index}/{len(samples)}", file=sys.stderr, flush=True)
-    layers = sorted(moments.key)
-    return [key_matrices(moments.key[layer], moments.query[layer]) for layer in layers]
+    return [
+        LayerMatrices(
+            key=balanced_basis(moments.key[layer], moments.query[layer]),
+            value=balanced_basis(moments.value[layer], moments.output[layer]),
+        )
+        for layer in sorted(moments.key)
+    ]
 
 
 def text_samples(tokenizer, path: Path, tokens: int, length: int) -> torch.Tensor:
@@ -162,17 +210,22 @@ def _geometric_mean(x: torch.Tensor) -> torch.Tensor:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="sparsekv-calibrate", description="Calibrate the key basis of a model."
+        prog="sparsekv-calibrate", description="Calibrate the basis of a model's cache."
     )
     parser.add_argument("model", help="folder or name of a Hugging Face model")
-    parser.add_argument("--text", type=Path, required=True, help="UTF-8, like what is served")
+    parser.add_argument(
+        "--text", type=Path, nargs="+", required=True, help="UTF-8 files, like what is served"
+    )
     parser.add_argument("--output", type=Path, default=Path("basis.safetensors"))
-    parser.add_argument("--tokens", type=int, default=8192, help="of the text (default 8192)")
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="in equal parts of all texts (default 16384)"
+    )
     parser.add_argument("--length", type=int, default=1024, help="of one sample (default 1024)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
-    if not 1 < args.length <= args.tokens:
-        parser.error(f"--length {args.length}: must be > 1 and <= --tokens {args.tokens}")
+    largest = args.tokens // len(args.text)
+    if not 1 < args.length <= largest:
+        parser.error(f"--length {args.length}: must be > 1 and <= {largest}, a text's --tokens")
     if not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
     return args
@@ -182,17 +235,19 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-        samples = text_samples(tokenizer, args.text, args.tokens, args.length)
+        each = args.tokens // len(args.text)
+        texts = [text_samples(tokenizer, path, each, args.length) for path in args.text]
+        samples = torch.cat(texts)
         # Few CPUs multiply in half precision at speed.
         dtype = torch.float32 if args.device == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-        matrices = calibrate(model.eval().to(args.device), samples)
-        write_basis(args.output, matrices, Path(args.model).name)
+        layers = calibrate(model.eval().to(args.device), samples)
+        write_basis(args.output, layers, Path(args.model).name)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    condition = torch.linalg.cond(torch.stack(matrices))
+    condition = torch.linalg.cond(torch.stack([torch.stack(layer) for layer in layers]))
     print(
-        f"{args.output}: {len(matrices)} layers, {samples.numel()} tokens, "
+        f"{args.output}: {len(layers)} layers, {samples.numel()} tokens, "
         f"condition {condition.median():.1f} median, {condition.max():.1f} largest"
     )
 

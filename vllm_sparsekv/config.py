@@ -54,7 +54,7 @@ class SparseKVConfig:
         value_dtype: how surviving value elements are stored, a name in ``codecs.CODECS``.
         window: newest tokens of a request that stay dense, >= 0.
         basis: path of a file written by ``sparsekv-calibrate`` for this model, in whose basis
-            integer keys are stored; None for the model's own.
+            integer keys and values are stored; None for the model's own.
     """
 
     key_sparsity: float = 0.0
@@ -87,9 +87,10 @@ class SparseKVConfig:
         if self.basis is not None:
             if not isinstance(self.basis, str):
                 raise _invalid("basis", self.basis, "None or a path (string)")
-            if not issubclass(CODECS[self.key_dtype], IntCodec):
-                expected = f"None with key_dtype={self.key_dtype!r}, only integer keys change basis"
-                raise _invalid("basis", self.basis, expected)
+            dtypes = self.key_dtype, self.value_dtype
+            if not any(issubclass(CODECS[dtype], IntCodec) for dtype in dtypes):
+                expected = "None with key_dtype={!r}, value_dtype={!r}: only integers change basis"
+                raise _invalid("basis", self.basis, expected.format(*dtypes))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> SparseKVConfig:

@@ -22,7 +22,7 @@ from vllm_sparsekv.format import TAG_BYTES, SparseFormat, VectorFormat
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 
 CALIBRATED = "-calibrated"
-"""How the name of a row ends whose keys are stored in a calibrated basis."""
+"""How the name of a row ends that is stored in a calibrated basis."""
 
 Vectors = torch.Tensor
 """(num_kv_heads, tokens, D) in the cache dtype of the dense baseline."""
@@ -197,7 +197,7 @@ def build_methods(
     Args:
         head_size: D.
         dtype: cache dtype of the dense baseline and of every method's window.
-        basis: file of ``sparsekv-calibrate``; adds each preset in it, and one of pruned keys.
+        basis: file of ``sparsekv-calibrate``; adds each preset in it, and two rows more.
         window: the dense window of the rivals; Mustafar and ThinK use the 32 of their papers.
     """
 
@@ -212,6 +212,7 @@ def build_methods(
         f"sparsekv-{name}{CALIBRATED}": ours(**settings, basis=str(basis))
         for name, settings in (
             *((name, {"preset": name}) for name in PRESETS),
+            ("int3-int2", {"key_dtype": "int3", "value_dtype": "int2"}),
             ("pruned", {"key_sparsity": 0.5, "key_dtype": "int4", "value_dtype": "int3"}),
         )
         if basis
