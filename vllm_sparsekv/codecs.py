@@ -88,9 +88,9 @@ class IntCodec:
     float16 decodes to NaN throughout (step is NaN).
 
     Attributes:
-        steps: steps from low to high. Up to 2 ** b of them leave every value within half a step of
-            a code; more would clip the outermost ones, which takes energy from a vector, and what
-            every vector of a context lacks does not average out.
+        steps: steps from low to high. With up to 2 ** b of them the codes reach every value of a
+            vector of both signs; more would clip the outermost ones, which takes energy from a
+            vector, and what every vector of a context lacks does not average out.
     """
 
     dtype: torch.dtype

@@ -197,7 +197,7 @@ def build_methods(
     Args:
         head_size: D.
         dtype: cache dtype of the dense baseline and of every method's window.
-        basis: file of ``sparsekv-calibrate``; adds each preset in it, and two rows more.
+        basis: file of ``sparsekv-calibrate``; adds each preset in it, and a few rows more.
         window: the dense window of the rivals; Mustafar and ThinK use the 32 of their papers.
     """
 
@@ -212,7 +212,9 @@ def build_methods(
         f"sparsekv-{name}{CALIBRATED}": ours(**settings, basis=str(basis))
         for name, settings in (
             *((name, {"preset": name}) for name in PRESETS),
+            ("capacity-window-112", {"preset": "capacity", "window": 112}),
             ("int3-int2", {"key_dtype": "int3", "value_dtype": "int2"}),
+            ("int3-int2-window-104", {"key_dtype": "int3", "value_dtype": "int2", "window": 104}),
             ("pruned", {"key_sparsity": 0.5, "key_dtype": "int4", "value_dtype": "int3"}),
         )
         if basis
