@@ -1,6 +1,6 @@
 """The native CPU kernels against vLLM's own CPU attention: same shapes, same process, in turn.
 
-    python benchmarks/cpu.py [--quick] [--threads 2]
+    python benchmarks/cpu.py [--quick] [--threads 2] [--output kernels.json]
 
 Decode attention over context length and over sparsity and codec, one prompt chunk over pruned
 history, and prune+pack of that chunk. Times are medians with p20 and p80 in milliseconds, of the
@@ -279,6 +279,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="short contexts, few rounds")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS / "kernels.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     contexts = [512, 2048] if args.quick else [512, 2048, 8192, 32768]
@@ -310,9 +311,8 @@ def main() -> None:
         chunk, results["prompt_chunk"]["attention"], rounds
     )
 
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "kernels.json").write_text(json.dumps(results, indent=1) + "\n")
-    plot(results, RESULTS / "kernels.png")
+    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    plot(results, args.output.with_suffix(".png"))
 
 
 if __name__ == "__main__":
