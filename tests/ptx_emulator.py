@@ -97,9 +97,9 @@ class _Machine:
         product = (self._signed(a) * self._signed(b)).view(np.uint64)
         self.registers[target] = product + self.read(c, 64)
 
-    def do_bmsk_clamp_b32(self, target: str, start: str, length: str) -> None:
-        mask = (np.uint64(1) << np.minimum(self.read(length), 32)) - np.uint64(1)
-        self.registers[target] = mask << np.minimum(self.read(start), 32) & np.uint64(0xFFFFFFFF)
+    def do_mad_lo_s32(self, target: str, a: str, b: str, c: str) -> None:
+        result = (self._signed(a) * self._signed(b) + self._signed(c)).view(np.uint64)
+        self.registers[target] = result & np.uint64(0xFFFFFFFF)
 
     def _signed(self, operand: str) -> np.ndarray:
         return self.read(operand).astype(np.uint32).view(np.int32).astype(np.int64)

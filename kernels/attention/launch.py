@@ -22,7 +22,7 @@ MIN_TILES = tl.constexpr(4)
 MAX_ROWS = 32
 """Query rows of a program, unless one group of heads already has more."""
 DENSE_TILE = 32
-"""Window or step tokens read at once."""
+"""Window or step tokens read at once, half as many where registers are short."""
 
 
 class Launch(NamedTuple):
@@ -75,7 +75,7 @@ def tile_and_warps(rows: int, size: int, words: bool = True) -> tuple[int, int]:
     """
     wide = triton.next_power_of_2(size) > 128
     if rows <= 16:
-        if words and size <= (96 if rows <= 8 else 64):
+        if words and size <= 96:
             return 64, 2
         return 32, 4 if wide and rows > 8 else 2
     return (32, 8) if wide or rows > MAX_ROWS else (64, 4)
@@ -130,7 +130,8 @@ def attend_constants(
     """Compile-time constants of the attention kernel for a target as :func:`capability` says it."""
     padded = triton.next_power_of_2(fmt.head_size)
     words = unpacks_words(fmt.head_size, fmt.dtype.itemsize, target)
-    part, rest = parts(fmt.head_size) if words and launch.rows <= 8 else (padded, 0)
+    in_parts = words and launch.rows <= (16 if padded <= 128 else 8)
+    part, rest = parts(fmt.head_size) if in_parts else (padded, 0)
     return {
         "GROUP": group,
         "BLOCK_SIZE": block_size,
@@ -142,7 +143,7 @@ def attend_constants(
         "REST": rest,
         "ROWS": launch.rows,
         "TILE": launch.tile,
-        "DENSE_TILE": DENSE_TILE,
+        "DENSE_TILE": DENSE_TILE // 2 if rest and launch.rows > 8 else DENSE_TILE,
         "SPLIT": launch.splits > 1,
         **vectors(fmt, block_size),
         "WORDS": target if words else 0,

@@ -47,9 +47,9 @@ def unpack_word(codec: str, converts_fp8: bool) -> str:
     """
     declarations = [
         ".reg .b32 lane, index, table, low, high, shift, zero, at, entry, four;",
-        ".reg .b32 spare, ones, upper, pair, code, scale;",
+        ".reg .b32 upper, pair, code, scale;",
         ".reg .b32 loaded<5>, window<4>;",
-        ".reg .b64 top, address;",
+        ".reg .b64 address;",
         ".reg .b16 half<2>;",
         "mov.b32 zero, 0;",
         "mov.u32 lane, %laneid;",
@@ -193,37 +193,21 @@ def _pair_table() -> list[str]:
     ]
 
 
-def _top(value_bits: int) -> list[str]:
-    """Where the word's last survivor lies.
-
-    ``top`` is the address of the 32 bits that hold it; ``spare`` the places after it there, and
-    ``ones`` has as many bits set.
-    """
-    per_word = 32 // value_bits
-    return [
-        f"sub.s32 at, {END}, 1;",
-        "not.b32 spare, at;",
-        f"and.b32 spare, spare, {per_word - 1};",
-        "bmsk.clamp.b32 ones, zero, spare;",
-        f"shr.s32 at, at, {per_word.bit_length() - 1};",
-        f"mad.wide.s32 top, at, 4, {ADDRESS};",
-    ]
-
-
 def _window(first: int, elements: int, value_bits: int) -> list[str]:
     """The survivors of the bits from ``first`` on, the last one at the top of ``window0``."""
     words, per_word = elements * value_bits // 32, 32 // value_bits
     above = 2**ELEMENTS - 2 ** (first + elements)
     if above:
-        # Survivors above the window and the spare places count alike.
-        passed = [f"and.b32 at, {WORD}, {above:#x};", "or.b32 at, at, ones;", "popc.b32 at, at;"]
+        passed = [f"and.b32 at, {WORD}, {above:#x};", "popc.b32 at, at;"]
     else:
-        passed = ["mov.b32 at, spare;"]
+        passed = ["mov.b32 at, 0;"]
     lines = [
         *passed,
-        f"shl.b32 shift, at, {value_bits.bit_length() - 1};",
-        f"shr.u32 at, at, {per_word.bit_length() - 1};",
-        "mad.wide.s32 address, at, -4, top;",
+        f"sub.s32 at, {END}, at;",
+        "sub.s32 at, at, 1;",
+        f"mad.lo.s32 shift, at, {-value_bits}, {-value_bits};",
+        f"shr.s32 at, at, {per_word.bit_length() - 1};",
+        f"mad.wide.s32 address, at, 4, {ADDRESS};",
     ]
     lines += [f"ld.global.nc.b32 loaded{i}, [address+{-4 * i}];" for i in range(words + 1)]
     return lines + [
@@ -253,7 +237,7 @@ def _index(bit: int) -> str:
 
 
 def _unpack_fp8(converts: bool) -> list[str]:
-    lines = _nibble_table() + _top(8)
+    lines = _nibble_table()
     for first in (16, 0):
         lines += _window(first, 16, 8)
         for nibble in (3, 2, 1, 0):
@@ -294,7 +278,7 @@ def _widen_fp8(out: int) -> list[str]:
 
 
 def _unpack_16bit() -> list[str]:
-    lines = _pair_table() + _top(16)
+    lines = _pair_table()
     for first in range(ELEMENTS - 8, -1, -8):
         lines += _window(first, 8, 16)
         for pair in (3, 2, 1, 0):
@@ -307,7 +291,7 @@ def _unpack_16bit() -> list[str]:
 
 
 def _unpack_int4() -> list[str]:
-    lines = _nibble_table() + _top(4)
+    lines = _nibble_table()
     for first in (16, 0):
         lines += _window(first, 16, 4) + _spread_nibbles()
         for nibble in (3, 2, 1, 0):

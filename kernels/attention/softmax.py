@@ -20,6 +20,16 @@ def fold(maximum, total, weighted, scores, v):
 
 
 @triton.jit
+def add_eighths(x):
+    """x (16 n, COLUMNS), row i of every 16 plus row i + 8: (n, 8, COLUMNS).
+
+    One thread holds both in the layout of a matrix product's result.
+    """
+    rows = tl.reshape(x, [x.shape[0] // 16, 2, 8, x.shape[1]])
+    return tl.sum(rows, axis=1)
+
+
+@triton.jit
 def in_float16(q):
     """q (ROWS, PADDED) as float16 times one power of two a row, (ROWS,) float32."""
     largest = tl.max(tl.abs(q.to(tl.float32)), axis=1).to(tl.int32, bitcast=True)

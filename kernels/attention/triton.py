@@ -23,7 +23,7 @@ from vllm_sparsekv.kernels.attention.launch import (
     workspace_elements,
 )
 from vllm_sparsekv.kernels.attention.parts import join_rows, split_columns
-from vllm_sparsekv.kernels.attention.softmax import fold, in_float16, merge_splits
+from vllm_sparsekv.kernels.attention.softmax import add_eighths, fold, in_float16, merge_splits
 from vllm_sparsekv.kernels.attention.unpack import (
     code_step,
     code_zero,
@@ -209,14 +209,8 @@ def _attend(
     real = (row < TOKENS * GROUP) & (local < length)
     element = tl.arange(0, PADDED)
     inside = element < D
-    q = tl.load(
-        query
-        + token[:, None] * query_token_stride
-        + query_head[:, None] * query_head_stride
-        + element[None, :],
-        mask=real[:, None] & inside[None, :],
-        other=0,
-    )
+    query += token[:, None] * query_token_stride + query_head[:, None] * query_head_stride
+    q = tl.load(query + element[None, :], mask=real[:, None] & inside[None, :], other=0)
 
     PAGE_BYTES: tl.constexpr = V[5] + BLOCK_SIZE * V[6]
     K_CODEC: tl.constexpr = K[0]
@@ -242,8 +236,8 @@ def _attend(
 
     # Sums over tokens stay apart by their place in the tile until all tiles are done.
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    totals = tl.zeros([TILE, ROWS], tl.float32)
-    zeros = tl.zeros([TILE, ROWS], tl.float32)
+    totals = tl.zeros([TILE // 16, 8, ROWS], tl.float32)
+    zeros = tl.zeros([TILE // 16, 8, ROWS], tl.float32)
     weighted = tl.zeros([PART, ROWS], tl.float32)
     if REST > 0:
         weighted_rest = tl.zeros([REST, ROWS], tl.float32)
@@ -252,7 +246,7 @@ def _attend(
     query_columns = tl.trans(k_query)
 
     # The ring's tags decide which of the last WINDOW tokens of the history it replaces.
-    tags += head * tag_head_stride + 2 * D * query.dtype.element_ty.primitive_bitwidth // 32
+    tags += head * tag_head_stride + 2 * D * q.dtype.primitive_bitwidth // 32
     window_block_table += request * window_table_stride
     block_table += request * table_stride
     pages += head * page_head_stride
@@ -319,14 +313,15 @@ def _attend(
                 shift = tl.where(raised == float("-inf"), 0.0, raised) if masked else raised
                 weights = tl.exp2(scores - shift[None, :])
                 correction = tl.exp2(maximum - shift)
-                totals = totals * correction[None, :] + weights * tl.exp2(-step)[:, None]
-                zeros = zeros * correction[None, :] + weights * v_zero[:, None]
+                unscaled = add_eighths(weights * tl.exp2(-step)[:, None])
+                totals = totals * correction[None, None, :] + unscaled
+                zeros = zeros * correction[None, None, :] + add_eighths(weights * v_zero[:, None])
             else:
                 raised = tl.maximum(maximum, tl.max(scores, axis=0) * k_scale)
                 shift = tl.where(raised == float("-inf"), 0.0, raised) if masked else raised
                 weights = tl.exp2(scores * k_scale[None, :] - shift[None, :])
                 correction = tl.exp2(maximum - shift)
-                totals = totals * correction[None, :] + weights
+                totals = totals * correction[None, None, :] + add_eighths(weights)
             maximum = raised
             weights = weights.to(V_DTYPE)
             weighted *= correction[None, :]
@@ -337,17 +332,19 @@ def _attend(
                 )
                 weighted_rest *= correction[None, :]
                 weighted_rest = tl.dot(tl.trans(v), weights, weighted_rest, input_precision="ieee")
-    total = tl.sum(totals, axis=0)
+    total = tl.sum(tl.sum(totals, axis=1), axis=0)
     if REST > 0:
         weighted = join_rows(weighted, weighted_rest)
     if V_CODES:
-        zero = tl.sum(zeros, axis=0) * code_zero(V_CODEC)
+        zero = tl.sum(tl.sum(zeros, axis=1), axis=0) * code_zero(V_CODEC)
         if V_BITMAP_BYTES == 0:
             weighted = encoded_order(weighted, V_CODEC)
         weighted = (weighted - zero[None, :]) * code_step(V_CODEC)
     weighted = tl.trans(weighted)
 
     if split == 0:
+        # Again, instead of registers for it all through the history.
+        q = tl.load(query + element[None, :], mask=real[:, None] & inside[None, :], other=0)
         if WINDOW > 0:
             window += head * window_head_stride
             for ring_start in tl.range(0, ring, DENSE_TILE):
