@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_sparsekv.basis import Basis, change, rotation
+from vllm_sparsekv.basis import Basis, LayerMatrices, _calibrated, change, rotation
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
 
@@ -60,3 +60,52 @@ def test_whole_integer_vectors_are_rotated(settings, rotated):
     assert (fmt.key.rotated, fmt.value.rotated) == rotated
     assert tuple(x is not None for x in (basis.key, basis.value)) == rotated
     assert tuple(x is not None for x in (basis.query, basis.output)) == rotated
+
+
+def ill_conditioned(heads: int, size: int) -> torch.Tensor:
+    """(heads, size, size) float32 of determinant +-1 and condition 100."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.linalg.qr(
+        torch.randn(2, heads, size, size, dtype=torch.float64, generator=generator)
+    )[0]
+    return (left * torch.logspace(-1, 1, size, dtype=torch.float64) @ right).float()
+
+
+def int4_format(dtype: torch.dtype, key_sparsity: float = 0.0) -> SparseFormat:
+    return SparseFormat.from_config(
+        SparseKVConfig(key_sparsity, 0.5, "int4", "int4", 64), 64, dtype
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_calibrated_matrices_are_narrow_except_on_cpus(dtype):
+    layer = LayerMatrices(ill_conditioned(2, 64), ill_conditioned(2, 64))
+    for device, expected in (("cpu", torch.float32), ("meta", dtype)):
+        basis = Basis.calibrated(int4_format(dtype), layer, device)
+        matrices = (basis.key, basis.query, basis.value, basis.output)
+        assert {x.dtype for x in matrices} == {expected}
+        assert {x.device.type for x in matrices} == {device}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("key_sparsity", [0.0, 0.5], ids=["rotated", "as it is"])
+def test_narrow_calibrated_matrices_keep_scores(key_sparsity, dtype):
+    """Each factor is off by a relative u at most, or by half a subnormal of float16."""
+    fmt = int4_format(dtype, key_sparsity)
+    forward, inverse = _calibrated(fmt.key, ill_conditioned(1, 64), "cpu", torch.float32)
+    narrow = _calibrated(fmt.key, ill_conditioned(1, 64), "cpu", dtype)
+    generator = torch.Generator().manual_seed(1)
+    key, query = torch.randn(2, 200, 64, dtype=torch.float64, generator=generator)
+
+    def scores(k, q, first, second):
+        return ((k @ first[0].double()) * (q @ second[0].double().mT)).sum(-1)
+
+    change_of_scores = scores(key, query, *narrow) - scores(key, query, forward, inverse)
+    u = torch.finfo(dtype).eps / 2
+    subnormal = 2.0**-25 if dtype == torch.float16 else 0.0
+    wider = [x.double().abs() * (1 + u) + subnormal for x in (forward, inverse)]
+    absolute = [x.double().abs() for x in (forward, inverse)]
+    bound = scores(key.abs(), query.abs(), *wider) - scores(key.abs(), query.abs(), *absolute)
+    rounding_to_float32 = 1e-6 * scores(key.abs(), query.abs(), *absolute)
+    assert (change_of_scores.abs() <= bound + rounding_to_float32).all()
+    assert all(x.isfinite().all() and x.abs().max() < 142 for x in narrow)
