@@ -29,6 +29,7 @@ CACHES = {
     "int4-0-0": SparseKVConfig(0.0, 0.0, "int4", "int4", 64),
     "int4-int3-0-0": SparseKVConfig(0.0, 0.0, "int4", "int3", 64),
     "int3-0-0": SparseKVConfig(0.0, 0.0, "int3", "int3", 64),
+    "int3-int2-0-0": SparseKVConfig(0.0, 0.0, "int3", "int2", 64),
 }
 """Codecs, then sparsity of keys and of values in percent."""
 DTYPE = torch.bfloat16

@@ -18,7 +18,7 @@ from helpers import (
     assert_same_bytes,
     build_case,
 )
-from ragged import INT3_MATRIX, RAGGED_MATRIX
+from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX, WHOLE_ONLY
 
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
 from vllm_sparsekv.kernels.pack.triton import pack
@@ -29,7 +29,7 @@ DEVICE = "cuda"
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX + INT2_MATRIX, ids=str)
 def test_ragged_matrix(spec):
     case, reference = build_case(spec, TRITON, DEVICE), build_case(spec)
     assert_same_bytes(case.pages, reference.pages)
@@ -43,7 +43,7 @@ def test_ragged_matrix(spec):
 
 def cache_of(codec: str) -> dict[str, Any]:
     """Keys and values of one codec, half of them pruned where it can be."""
-    sparsity = 0.0 if codec == "int3" else 0.5
+    sparsity = 0.0 if codec in WHOLE_ONLY else 0.5
     return {
         "key_sparsity": sparsity,
         "value_sparsity": sparsity,
@@ -55,7 +55,7 @@ def cache_of(codec: str) -> dict[str, Any]:
 LONG = tuple(Request(context, 1) for context in (0, 1, 8191, 12345, 30000, 63))
 
 
-@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3"])
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3", "int2"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("head_size", "group"), [(64, 3), (128, 4), (128, 8), (256, 2)])
 def test_long_histories(head_size, group, dtype, codec):
@@ -71,7 +71,7 @@ def test_long_histories(head_size, group, dtype, codec):
 
 
 @pytest.mark.parametrize("query_len", [1, 4])
-@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3"])
+@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3", "int2"])
 def test_graph_replay_equals_eager(codec, query_len):
     """Captured with no history at all, as vLLM captures; replayed with ragged lengths."""
     spec = CaseSpec(

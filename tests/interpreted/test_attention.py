@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, build_case
-from ragged import INT3_MATRIX, RAGGED_MATRIX
+from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX
 
 from vllm_sparsekv.kernels.attention import triton as attention
 
@@ -30,9 +30,11 @@ def test_ragged_matrix(spec):
 
 
 @pytest.mark.parametrize(
-    "spec", [s for s in INT3_MATRIX if 0 < s.history_tokens <= MAX_HISTORY // 2], ids=str
+    "spec",
+    [s for s in INT3_MATRIX + INT2_MATRIX if 0 < s.history_tokens <= MAX_HISTORY // 2],
+    ids=str,
 )
-def test_ragged_matrix_of_int3(spec):
+def test_ragged_matrix_of_few_bits(spec):
     matches(spec)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import REFERENCE, assert_same_bytes, build_case
-from ragged import INT3_MATRIX, RAGGED_MATRIX
+from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX
 
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
@@ -91,7 +91,9 @@ def test_infinities_and_nans_survive_alike(dtype, codec):
 
 
 @pytest.mark.parametrize(
-    "spec", [s for s in RAGGED_MATRIX + INT3_MATRIX if s.history_tokens <= 70], ids=str
+    "spec",
+    [s for s in RAGGED_MATRIX + INT3_MATRIX + INT2_MATRIX if s.history_tokens <= 70],
+    ids=str,
 )
 def test_ragged_matrix(spec):
     ours, reference = build_case(spec, TRITON), build_case(spec)
