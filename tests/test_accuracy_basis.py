@@ -85,7 +85,8 @@ def test_rows_of_calibrated_presets(basis):
         build_methods(SIZE, torch.bfloat16),
         build_methods(SIZE, torch.bfloat16, basis=basis),
     )
-    others = ("capacity-window-112", "int3-int2", "int3-int2-window-104", "pruned")
+    wider = ("balanced-window-112", "capacity-window-112", "int3-int2-window-104")
+    others = (*wider, "int3-int2", "pruned")
     added = {f"sparsekv-{name}-calibrated" for name in (*PRESETS, *others)}
     assert methods.keys() - plain.keys() == added
     # Keys: 8 bytes of bitmap, 16 of codes and 2 of scale; values: 24 and 2.

@@ -12,12 +12,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_sparsekv import calibrate
 from vllm_sparsekv.basis import Basis, LayerMatrices, change, kv_heads_of_rank
 from vllm_sparsekv.basis_file import BasisFile, write_basis
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -198,9 +200,63 @@ def test_observed_attention_is_the_model_itself(model_path):
     tokens = torch.arange(50).unsqueeze(0)
     with torch.inference_mode():
         expected = plain(tokens).logits
-        calibrate.calibrate(plain, tokens)
+        calibrate.calibrate(plain, tokens, context=50)
         got = plain(tokens).logits
     assert (got - expected).abs().max() < 1e-5
+
+
+def test_samples_are_spread_over_the_context(model_path):
+    """Else planes that rotary embedding turns slowly are stretched as if they never turned."""
+    model = LlamaForCausalLM.from_pretrained(model_path).eval()
+    seen = []
+
+    def record(module, arguments, settings):
+        seen.append(settings["position_ids"][0])
+
+    model.base_model.register_forward_pre_hook(record, with_kwargs=True)
+    samples = torch.arange(16 * 20).view(16, 20) % 97
+    calibrate.calibrate(model, samples, context=2020)
+    first = torch.stack([positions[0] for positions in seen]).sort().values
+    assert all(torch.equal(x, x[0] + torch.arange(20)) for x in seen)
+    assert 0 <= first[0] < 300 and 1700 < first[-1] <= 2000
+    assert first.diff().max() < 300
+    seen.clear()
+    calibrate.calibrate(model, samples, context=20)
+    assert all(positions[0] == 0 for positions in seen)
+
+
+def test_far_keys_lose_no_more_than_near_ones(model_path):
+    """Error of scores at the end of the context against its start, with keys stored in 3 bits.
+
+    As in trained models, keys have a large mean in planes that rotary embedding turns slowly.
+    """
+    model = LlamaForCausalLM.from_pretrained(model_path, attention_bias=True).eval()
+    for layer in model.model.layers:
+        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+            projection.bias.data.zero_().view(-1, SIZE)[:, 4:7] = 1
+    samples = torch.randint(97, (16, 64), generator=torch.Generator().manual_seed(0))
+    fmt = SparseFormat.from_config(SparseKVConfig(0.0, 0.0, "int3", "int3"), SIZE, torch.float32)
+
+    def error(context: int, first: int) -> float:
+        layers = calibrate.calibrate(model, samples, context)
+        heads = []
+
+        def attention(module, query, key, value, mask, **kwargs):
+            basis = Basis.calibrated(fmt, layers[module.layer_idx])
+            packed = pack_vectors(change(key[0].transpose(0, 1), basis.key), fmt.key)
+            lost = change(unpack_vectors(*packed, fmt.key), basis.query.mT).transpose(0, 1) - key[0]
+            heads.append((query[0].unflatten(0, (HEADS, GROUP)) @ lost.unsqueeze(1).mT).square())
+            return query.transpose(1, 2), None
+
+        ALL_ATTENTION_FUNCTIONS.register("lossy", attention)
+        model.set_attn_implementation("lossy")
+        positions = torch.arange(first, first + 64).unsqueeze(0)
+        with torch.inference_mode():
+            model.base_model(samples[:1], position_ids=positions, use_cache=False)
+        return torch.stack(heads).mean().item()
+
+    assert error(2048, 1984) < 2 * error(2048, 0)
+    assert error(64, 1984) > 4 * error(64, 0)
 
 
 def attention_layer(weight: torch.Tensor) -> torch.nn.Module:
@@ -271,6 +327,10 @@ def test_command(model_path, tmp_path, capsys):
         calibrate.main(command)
     with pytest.raises(SystemExit, match="error: "):
         calibrate.main([str(tmp_path / "nothing"), "--text", str(text)])
+    for context in ("63", "2049"):
+        wanted = rf"--context {context}: must be >= 64 \(--length\) and <= 2048"
+        with pytest.raises(SystemExit, match=wanted):
+            calibrate.main([*command, "--tokens", "128", "--length", "64", "--context", context])
     with pytest.raises(SystemExit):
         calibrate.main([*command, "--length", "1"])
     assert "--length 1: must be > 1 and <= 16384, a text's --tokens" in capsys.readouterr().err

@@ -12,6 +12,10 @@ An error e in a value moves the layer's output by ``p Wo e``. Values count by p 
 queries, and are read by the rows of the output projection Wo, each head's as much as its own p
 squared.
 
+Rotary embedding turns keys and queries with their position, the slowest planes by little within
+one sample. Attention knows only distances, so samples are placed all over the context: the moments
+are then those of keys at any position.
+
 The command runs the Hugging Face model once over a text; it needs transformers, and not vLLM.
 """
 
@@ -152,12 +156,13 @@ def balanced_basis(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def calibrate(model: PreTrainedModel, samples: torch.Tensor) -> list[LayerMatrices]:
+def calibrate(model: PreTrainedModel, samples: torch.Tensor, context: int) -> list[LayerMatrices]:
     """Bases of all layers of a model.
 
     Args:
         model: a decoder whose attention implementation can be chosen.
         samples: (count, tokens) int64, run one by one.
+        context: positions to calibrate for; samples are spread over them, at least ``tokens``.
 
     Returns:
         by layer, float64, see :func:`balanced_basis`.
@@ -169,7 +174,14 @@ def calibrate(model: PreTrainedModel, samples: torch.Tensor) -> list[LayerMatric
     ALL_ATTENTION_FUNCTIONS.register(NAME, moments.attention)
     model.set_attn_implementation(NAME)
     for index, tokens in enumerate(samples, 1):
-        model.base_model(tokens.unsqueeze(0).to(model.device), use_cache=False)
+        # Multiples of the golden ratio, modulo 1, fill the unit interval evenly.
+        first = round((context - len(tokens)) * (index * (5**0.5 - 1) / 2 % 1))
+        positions = torch.arange(first, first + len(tokens), device=model.device)
+        model.base_model(
+            tokens.unsqueeze(0).to(model.device),
+            position_ids=positions.unsqueeze(0),
+            use_cache=False,
+        )
         print(f"sample {index}/{len(samples)}", file=sys.stderr, flush=True)
     return [
         LayerMatrices(
@@ -221,6 +233,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--tokens", type=int, default=16384, help="in equal parts of all texts (default 16384)"
     )
     parser.add_argument("--length", type=int, default=1024, help="of one sample (default 1024)")
+    parser.add_argument(
+        "--context", type=int, help="positions to calibrate for (default: all the model has)"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(arguments)
     largest = args.tokens // len(args.text)
@@ -241,7 +256,13 @@ def main(arguments: list[str] | None = None) -> None:
         # Few CPUs multiply in half precision at speed.
         dtype = torch.float32 if args.device == "cpu" else "auto"
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-        layers = calibrate(model.eval().to(args.device), samples)
+        largest = model.config.max_position_embeddings
+        context = largest if args.context is None else args.context
+        if not args.length <= context <= largest:
+            raise ValueError(
+                f"--context {context}: must be >= {args.length} (--length) and <= {largest}"
+            )
+        layers = calibrate(model.eval().to(args.device), samples, context)
         write_basis(args.output, layers, Path(args.model).name)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -212,6 +212,7 @@ def build_methods(
         f"sparsekv-{name}{CALIBRATED}": ours(**settings, basis=str(basis))
         for name, settings in (
             *((name, {"preset": name}) for name in PRESETS),
+            ("balanced-window-112", {"preset": "balanced", "window": 112}),
             ("capacity-window-112", {"preset": "capacity", "window": 112}),
             ("int3-int2", {"key_dtype": "int3", "value_dtype": "int2"}),
             ("int3-int2-window-104", {"key_dtype": "int3", "value_dtype": "int2", "window": 104}),
