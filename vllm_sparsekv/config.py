@@ -27,16 +27,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Points on the curve of bytes against quality (``make bench-accuracy``).
 
 Measured on SmolLM2-135M (head_size 64), decoding token by token, on four held-out texts (drama,
-essays, a guide, Perl; 2 x 2,048 tokens each). Bytes are per token and KV head and include the
+essays, a guide, Perl; 3 x 2,048 tokens each). Bytes are per token and KV head and include the
 window, spread over a context of 4,096 tokens; dense bfloat16 is 256. They keep every element: in
 the model's own basis, pruned vectors of the same bytes lose more.
 
 ========  =====  =======  ================  ======  =====
 preset    bytes  vs bf16  perplexity ratio  KL      top-1
 ========  =====  =======  ================  ======  =====
-quality    72.1    3.55x  1.0049 +- 0.0013  0.0059  0.958
-balanced   64.1    3.99x  1.0082 +- 0.0020  0.0101  0.946
-capacity   56.1    4.56x  1.0192 +- 0.0033  0.0249  0.916
+quality    72.1    3.55x  1.0051 +- 0.0010  0.0059  0.959
+balanced   64.1    3.99x  1.0088 +- 0.0014  0.0084  0.949
+capacity   56.1    4.56x  1.0213 +- 0.0027  0.0257  0.913
 ========  =====  =======  ================  ======  =====
 
 At head_size 128 and 32,768 tokens the bytes are 3.85x, 4.38x and 5.07x below bfloat16.
