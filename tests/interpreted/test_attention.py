@@ -61,6 +61,22 @@ def test_every_pair_of_codecs(dtype, key_dtype, value_dtype):
     )
 
 
+def mixed(head_size: int, sparsities: tuple[float, float], codecs: tuple[str, str]) -> CaseSpec:
+    """Decode, a prefix-cache hit and a first token; sparsity and codec of keys, then of values."""
+    return CaseSpec(
+        (Request(70, 1), Request(33, 2, hit=20), Request(0, 1)),
+        head_size=head_size,
+        num_kv_heads=1,
+        group=3,
+        key_sparsity=sparsities[0],
+        value_sparsity=sparsities[1],
+        key_dtype=codecs[0],
+        value_dtype=codecs[1],
+        dtype=torch.bfloat16,
+        window=16,
+    )
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize(
     ("key_sparsity", "value_sparsity"),
@@ -70,20 +86,7 @@ def test_every_pair_of_codecs(dtype, key_dtype, value_dtype):
 @pytest.mark.parametrize("head_size", [64, 96])
 def test_vectors_without_a_bitmap(head_size, key_sparsity, value_sparsity, codec):
     """96 fills no power of two."""
-    matches(
-        CaseSpec(
-            (Request(70, 1), Request(33, 2, hit=20), Request(0, 1)),
-            head_size=head_size,
-            num_kv_heads=1,
-            group=3,
-            key_sparsity=key_sparsity,
-            value_sparsity=value_sparsity,
-            key_dtype=codec,
-            value_dtype=codec,
-            dtype=torch.bfloat16,
-            window=16,
-        )
-    )
+    matches(mixed(head_size, (key_sparsity, value_sparsity), (codec, codec)))
 
 
 WHOLE_CODECS = [("int4", "int3"), ("int3", "int3"), ("int3", "int2"), ("int2", "int2")]
@@ -95,18 +98,7 @@ WHOLE_CODECS = [("int4", "int3"), ("int3", "int3"), ("int3", "int2"), ("int2", "
 def test_whole_vectors_of_few_bits(monkeypatch, head_size, key_dtype, value_dtype, capability):
     """80 has no whole words. Two bits reach further, and other GPUs round them to bfloat16."""
     monkeypatch.setattr(attention, "capability", lambda device: capability)
-    spec = CaseSpec(
-        (Request(70, 1), Request(33, 2, hit=20), Request(0, 1)),
-        head_size=head_size,
-        num_kv_heads=1,
-        group=3,
-        key_sparsity=0.0,
-        value_sparsity=0.0,
-        key_dtype=key_dtype,
-        value_dtype=value_dtype,
-        dtype=torch.bfloat16,
-        window=16,
-    )
+    spec = mixed(head_size, (0.0, 0.0), (key_dtype, value_dtype))
     rounded_codes = key_dtype == "int2" and not capability
     assert_attention(build_case(spec), TRITON, SLACK[spec.dtype] * (1.4 if rounded_codes else 1))
 
