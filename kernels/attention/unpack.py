@@ -16,7 +16,16 @@ from vllm_sparsekv.kernels.attention.ptx import (
     decode_word,
     unpack_word,
 )
-from vllm_sparsekv.kernels.triton import AUTO, FP8, INT2, INT3, INT4, decode_fp8, decode_scale
+from vllm_sparsekv.kernels.triton import (
+    AUTO,
+    CODEC_IDS,
+    FP8,
+    INT2,
+    INT3,
+    INT4,
+    decode_fp8,
+    decode_scale,
+)
 
 _AUTO = tl.constexpr(unpack_word("auto", True))
 _FP8 = tl.constexpr(unpack_word("fp8", True))
@@ -36,14 +45,15 @@ _ALL_INT3_OPERANDS = tl.constexpr(decode_constraints("int3"))
 _ALL_INT2_OPERANDS = tl.constexpr(decode_constraints("int2"))
 
 
-def _unit_exponents(codec: str, largest: int) -> tl.constexpr:
+def _unit_exponents(codec: str) -> int:
     """By output of ``decode_word``, a nibble each: exponents of 2 that make all codes alike."""
-    return tl.constexpr(sum(largest - x << 4 * i for i, x in enumerate(CODE_SHIFTS[codec])))
+    shifts = CODE_SHIFTS.get(codec, ())
+    return sum(max(shifts) - x << 4 * i for i, x in enumerate(shifts))
 
 
-_INT4_UNITS = _unit_exponents("int4", 4)
-_INT3_UNITS = _unit_exponents("int3", 7)
-_INT2_UNITS = _unit_exponents("int2", 6)
+# By codec id: outputs of ``decode_word``, and their units.
+_HALVES = tl.constexpr(tuple(len(CODE_SHIFTS.get(codec, ())) for codec in CODEC_IDS))
+_UNIT_EXPONENTS = tl.constexpr(tuple(_unit_exponents(codec) for codec in CODEC_IDS))
 
 
 @triton.jit
@@ -258,7 +268,7 @@ def decoded_query(q, CODEC: tl.constexpr):
     """
     ROWS: tl.constexpr = q.shape[0]
     PADDED: tl.constexpr = q.shape[1]
-    HALF: tl.constexpr = 16 if CODEC == INT3 else 8 if CODEC == INT2 else 4
+    HALF: tl.constexpr = _HALVES[CODEC]
     alike = (q.to(tl.float32) * _units(PADDED, CODEC)[None, :]).to(q.dtype)
     grouped = tl.reshape(alike, [ROWS, PADDED // (2 * HALF), 2, HALF])
     return tl.reshape(tl.permute(grouped, [0, 1, 3, 2]), [ROWS, PADDED])
@@ -269,7 +279,7 @@ def encoded_order(weighted, CODEC: tl.constexpr):
     """Sums (PADDED, ROWS) over such a tile, their elements in order again and counting alike."""
     PADDED: tl.constexpr = weighted.shape[0]
     ROWS: tl.constexpr = weighted.shape[1]
-    HALF: tl.constexpr = 16 if CODEC == INT3 else 8 if CODEC == INT2 else 4
+    HALF: tl.constexpr = _HALVES[CODEC]
     grouped = tl.reshape(weighted, [PADDED // (2 * HALF), HALF, 2, ROWS])
     ordered = tl.reshape(tl.permute(grouped, [0, 2, 1, 3]), [PADDED, ROWS])
     return ordered * _units(PADDED, CODEC)[:, None]
@@ -278,9 +288,8 @@ def encoded_order(weighted, CODEC: tl.constexpr):
 @triton.jit
 def _units(PADDED: tl.constexpr, CODEC: tl.constexpr):
     """(PADDED,) float32 powers of two, by element."""
-    HALF: tl.constexpr = 16 if CODEC == INT3 else 8 if CODEC == INT2 else 4
-    INT2_OR_4: tl.constexpr = _INT2_UNITS if CODEC == INT2 else _INT4_UNITS
-    EXPONENTS: tl.constexpr = _INT3_UNITS if CODEC == INT3 else INT2_OR_4
+    HALF: tl.constexpr = _HALVES[CODEC]
+    EXPONENTS: tl.constexpr = _UNIT_EXPONENTS[CODEC]
     place = (tl.arange(0, PADDED) % HALF * 4).to(tl.int64)
     exponent = (tl.full([PADDED], EXPONENTS, tl.int64) >> place) & 15
     return (1 << exponent).to(tl.float32)
