@@ -76,7 +76,7 @@ bench-accuracy: $(SETUP) $(BASIS)
 $(BASIS): | $(SETUP) $(MODEL)/config.json
 	$(BIN)/python benchmarks/texts/fetch.py .cache/texts
 	$(BIN)/python -m vllm_sparsekv.calibrate $(MODEL) \
-		--text $(TUNING:%=.cache/texts/%.txt) --output $@
+		--text $(TUNING:%=.cache/texts/%.txt) --tokens 65536 --output $@
 
 # The GPU targets use the torch and triton of $(PYTHON), not .venv; vLLM only where it is installed.
 GPU_PATH := build/gpu

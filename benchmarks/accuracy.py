@@ -168,7 +168,7 @@ def run_engine(args: argparse.Namespace) -> None:
     samples = {
         name: token_samples(tokenizer, path, 1, args.length, 1)[0] for name, path in paths.items()
     }
-    settings = {"preset": args.preset}
+    settings = dict(args.settings)
     if args.basis:
         settings["basis"] = str(args.basis)
     rows = engine.compare_routes(args.model, samples, settings, DTYPES[args.dtype])
@@ -224,7 +224,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     sub = command("engine", run_engine)
     with_texts(sub, 512)
     sub.set_defaults(dtype="float32")
-    sub.add_argument("--preset", default="balanced")
+    sub.add_argument(
+        "--settings", type=json.loads, default={}, help="what stands under sparsekv (JSON)"
+    )
     command("plot", plot)
     return parser.parse_args(arguments)
 

@@ -13,8 +13,9 @@ FP8 = tl.constexpr(1)
 INT4 = tl.constexpr(2)
 INT3 = tl.constexpr(3)
 INT2 = tl.constexpr(4)
-CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2, "int3": 3, "int2": 4}
-"""Integer codecs from INT4 on, of 6 - id bits."""
+INT4_INT2 = tl.constexpr(5)
+CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2, "int3": 3, "int2": 4, "int4_int2": 5}
+"""Integer codecs from INT4 on, INT4 to INT2 of 6 - id bits; INT4_INT2 is INT4, then INT2."""
 
 _STEPS4 = tl.constexpr(float(Int4Codec.steps))
 _STEPS3 = tl.constexpr(float(Int3Codec.steps))

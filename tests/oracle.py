@@ -35,8 +35,15 @@ def _stored_fp8(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch
 
 
 def _stored_integer(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> torch.Tensor:
+    if fmt.codec.name == "int4_int2":
+        bands = zip(("int4", "int2"), x.chunk(2, -1), kept.chunk(2, -1), strict=True)
+        return torch.cat([_rounded(*band) for band in bands], -1)
+    return _rounded(fmt.codec.name, x, kept)
+
+
+def _rounded(codec: str, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     by_codec = {"int4": (15, 15, 8), "int3": (7.5, 7, 16), "int2": (3.5, 3, 32)}
-    steps, largest, units = by_codec[fmt.codec.name]
+    steps, largest, units = by_codec[codec]
     x = x.float()
     low = x.masked_fill(~kept, torch.inf).amin(-1, keepdim=True).clamp_max(0)
     high = x.masked_fill(~kept, -torch.inf).amax(-1, keepdim=True).clamp_min(0)

@@ -111,9 +111,6 @@ def _matrix(axes: dict[str, tuple[Any, ...]]) -> tuple[CaseSpec, ...]:
 RAGGED_MATRIX: tuple[CaseSpec, ...] = (*_matrix(AXES), *EMPTY)
 """Every pair of values of :data:`AXES` in at least one case, and empty batches; use ``ids=str``."""
 
-WHOLE_ONLY = ("int3", "int2")
-"""Codecs that store whole vectors only."""
-
 INT3_MATRIX = _matrix(
     AXES
     | {
@@ -134,3 +131,18 @@ INT2_MATRIX = _matrix(
     }
 )
 """Fewer for int2, which differs from int3 in its codes alone."""
+
+INT4_INT2_MATRIX = _matrix(
+    AXES
+    | {
+        "batch": ("decode", "hits", "prompts", "chunks", "speculative"),
+        "head_size": (64, 96, 128, 192, 256),
+        "group": (1, 3, 8),
+        "codecs": (("int4_int2", "int3"), ("int4_int2", "int2"), ("int4_int2", "auto")),
+        "sparsities": ((0.0, 0.0),),
+    }
+)
+"""The same for keys of two bands, in head sizes whose half is a multiple of 16."""
+
+WHOLE_MATRIX = INT3_MATRIX + INT2_MATRIX + INT4_INT2_MATRIX
+"""Cases of the codecs that store whole vectors only."""

@@ -174,6 +174,30 @@ def test_think_keeps_the_channels_that_matter():
     assert not kept[..., 1::2].any()
 
 
+def assert_largest(x: torch.Tensor, kept: torch.Tensor, count: int, axis: int) -> None:
+    """Along the axis ``count`` elements are as in x, none of the others, now 0, is larger."""
+    survives = kept != 0
+    assert torch.equal(kept[survives], x[survives])
+    assert (survives.sum(axis) == count).all()
+    least = kept.abs().masked_fill(~survives, torch.inf).amin(axis)
+    assert (x.abs().masked_fill(survives, 0).amax(axis) <= least).all()
+
+
+def test_policies_that_look_at_the_whole_text():
+    """40 tokens are a group of 32 and one of 8; half of each channel of either survives."""
+    x, query = vectors(2, 40, 64), torch.ones(4, 40, 64)
+    query[:2, :, ::2] = 1e6
+    kept = METHODS["output-aware-50"].key(x, query)
+    even = torch.arange(64) % 2 == 0
+    assert torch.equal(kept[0] != 0, even.expand(40, 64))
+    assert_largest(x[1], kept[1], 32, -1)
+    assert_largest(x, METHODS["output-aware-50"].value(x), 32, -1)
+    kept = METHODS["per-channel-50"].value(x)
+    assert_largest(x[:, :32], kept[:, :32], 16, 1)
+    assert_largest(x[:, 32:], kept[:, 32:], 4, 1)
+    assert METHODS["per-channel-50"].evaluation_only and not METHODS["mustafar-50"].evaluation_only
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -185,6 +209,8 @@ def test_think_keeps_the_channels_that_matter():
         ("turboquant-3", 52 + 4.125),
         ("think-50", 192 + 32 * 264 / 4096),
         ("mustafar-50", 144 + 32 * 264 / 4096),
+        ("output-aware-50", 144 + 32 * 264 / 4096),
+        ("per-channel-50", 144 + 32 * 264 / 4096),
         ("sparsekv-quality", 68 + 4.125),
         ("sparsekv-balanced", 60 + 4.125),
         ("sparsekv-capacity", 52 + 4.125),

@@ -85,13 +85,12 @@ def test_rows_of_calibrated_presets(basis):
         build_methods(SIZE, torch.bfloat16),
         build_methods(SIZE, torch.bfloat16, basis=basis),
     )
-    wider = ("balanced-window-112", "capacity-window-112", "int3-int2-window-104")
-    others = (*wider, "int3-int2", "pruned")
+    others = ("balanced-window-112", "int4_int2-int3", "int4_int2-int2", "pruned")
     added = {f"sparsekv-{name}-calibrated" for name in (*PRESETS, *others)}
     assert methods.keys() - plain.keys() == added
     # Keys: 8 bytes of bitmap, 16 of codes and 2 of scale; values: 24 and 2.
     assert methods["sparsekv-pruned-calibrated"].vector_bytes == 26 + 26
-    assert methods["sparsekv-int3-int2-calibrated"].vector_bytes == 26 + 18
+    assert methods["sparsekv-int4_int2-int2-calibrated"].vector_bytes == 28 + 18
     for name in PRESETS:
         row, calibrated = (methods[f"sparsekv-{name}{end}"] for end in ("", "-calibrated"))
         assert calibrated.vector_bytes == row.vector_bytes

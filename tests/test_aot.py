@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_sparsekv.codecs import CODECS
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
 
@@ -38,14 +39,20 @@ CACHES = {
     "all int4, int3": (0.0, "int4", 0.0, "int3"),
     "all int3": (0.0, "int3", 0.0, "int3"),
     "all int3, int2": (0.0, "int3", 0.0, "int2"),
+    "int4_int2, int3": (0.0, "int4_int2", 0.0, "int3"),
 }
 """Sparsity and codec of keys, then of values."""
 
 
-def report(capability, cache, head_size=128, rows=8, block_size=64):
+def cache_format(cache, head_size=128):
     key_sparsity, key_dtype, value_sparsity, value_dtype = CACHES[cache]
-    config = SparseKVConfig(key_sparsity, value_sparsity, key_dtype, value_dtype, 64)
-    fmt = SparseFormat.from_config(config, head_size, torch.bfloat16)
+    basis = "any" if CODECS[key_dtype].bands > 1 else None
+    config = SparseKVConfig(key_sparsity, value_sparsity, key_dtype, value_dtype, 64, basis)
+    return SparseFormat.from_config(config, head_size, torch.bfloat16)
+
+
+def report(capability, cache, head_size=128, rows=8, block_size=64):
+    fmt = cache_format(cache, head_size)
     tile, num_warps = tile_and_warps(rows, head_size)
     launch = Launch(rows, tile, 8, num_warps)
     return sass.attention_report(fmt, capability, launch, block_size=block_size), launch
@@ -73,14 +80,17 @@ DECODE = {
     (90, 128, "all int4, int3"): 2.6,
     (90, 128, "all int3"): 2.6,
     (90, 128, "all int3, int2"): 2.55,
+    (90, 128, "int4_int2, int3"): 2.75,
     (90, 96, "auto"): 6.0,
     (90, 96, "fp8"): 4.35,
     (90, 96, "int4"): 5.45,
     (90, 96, "all int4, int3"): 2.85,
+    (90, 96, "int4_int2, int3"): 3.1,
     (90, 64, "auto"): 6.0,
     (90, 64, "fp8"): 4.35,
     (90, 64, "int4"): 5.65,
     (90, 64, "all int4, int3"): 2.95,
+    (90, 64, "int4_int2, int3"): 3.35,
     (100, 128, "int4"): 5.15,
     (100, 128, "all int4, int3"): 2.55,
     (100, 128, "all int3"): 2.55,
@@ -115,6 +125,9 @@ def test_decode(capability, head_size, cache):
         ("auto", 192, 16, 64),
         ("int4", 64, 8, 16),
         ("all int4, int3", 128, 32, 64),
+        ("int4_int2, int3", 192, 8, 64),
+        ("int4_int2, int3", 256, 8, 64),
+        ("int4_int2, int3", 128, 32, 64),
     ],
 )
 def test_other_shapes_do_not_spill(cache, head_size, rows, block_size):
@@ -124,12 +137,11 @@ def test_other_shapes_do_not_spill(cache, head_size, rows, block_size):
 
 
 @pytest.mark.parametrize(
-    ("capability", "codec"), [(80, "fp8"), (80, "int3"), (90, "int4"), (100, "auto")]
+    ("capability", "cache"),
+    [(80, "fp8"), (80, "all int3"), (90, "int4"), (90, "int4_int2, int3"), (100, "auto")],
 )
-def test_pack_does_not_spill(capability, codec):
-    sparsity = 0.0 if codec == "int3" else 0.5
-    config = SparseKVConfig(sparsity, sparsity, codec, codec, 64)
-    fmt = SparseFormat.from_config(config, 128, torch.bfloat16)
+def test_pack_does_not_spill(capability, cache):
+    fmt = cache_format(cache)
     pointers = {"key": "*bf16", "value": "*bf16", "slot_mapping": "*i64", "pages": "*u8"}
     _, stack = sass.resources(pack._pack, pointers, pack_constants(fmt, 64), capability, 4)
     assert stack == 0

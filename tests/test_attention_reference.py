@@ -16,7 +16,7 @@ from helpers import (
     build_case,
 )
 from oracle import dense_attention
-from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX
+from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_sparsekv.kernels.attention import reference
@@ -39,7 +39,7 @@ MIXED = CaseSpec(
 )
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX + INT2_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX, ids=str)
 def test_ragged_matrix(spec):
     assert_attention(build_case(spec))
 

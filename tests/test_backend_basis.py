@@ -34,16 +34,21 @@ def matrices() -> list[LayerMatrices]:
     return [LayerMatrices(*pair) for pair in scaled]
 
 
-@pytest.fixture(scope="module", params=[0.0, 0.5], ids=["whole", "pruned"])
+@pytest.fixture(
+    scope="module",
+    params=[(0.0, "int4"), (0.5, "int4"), (0.0, "int4_int2")],
+    ids=["whole", "pruned", "two bands"],
+)
 def config(
     request, matrices: list[LayerMatrices], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmConfig]:
     folder: Path = tmp_path_factory.mktemp("basis")
     write_basis(folder / "basis.safetensors", matrices, "demo")
+    sparsity, key_dtype = request.param
     settings = {
-        "key_sparsity": request.param,
-        "value_sparsity": request.param,
-        "key_dtype": "int4",
+        "key_sparsity": sparsity,
+        "value_sparsity": sparsity,
+        "key_dtype": key_dtype,
         "value_dtype": "int4",
         "window": 0,
         "basis": str(folder / "basis.safetensors"),

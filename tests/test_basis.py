@@ -87,6 +87,22 @@ def test_calibrated_matrices_are_narrow_except_on_cpus(dtype):
         assert {x.device.type for x in matrices} == {device}
 
 
+def test_bands_rotate_by_themselves():
+    """What is large in the first half of a calibrated basis stays there, spread evenly."""
+    config = SparseKVConfig(key_dtype="int4_int2", basis="b")
+    fmt = SparseFormat.from_config(config, 64, torch.float32)
+    layer = LayerMatrices(ill_conditioned(2, 64), ill_conditioned(2, 64))
+    basis = Basis.calibrated(fmt, layer)
+    x = torch.eye(64).expand(2, 64, 64) @ torch.linalg.inv(layer.key)
+    stored = change(x.transpose(0, 1), basis.key).transpose(0, 1)
+    assert torch.allclose(stored[:, :32, 32:], torch.zeros(()), atol=1e-4)
+    assert torch.allclose(stored[:, 32:, :32], torch.zeros(()), atol=1e-4)
+    for half in (stored[:, :32, :32], stored[:, 32:, 32:]):
+        assert torch.allclose(half.abs(), half.abs().mean(), rtol=1e-3)
+    eye = basis.key @ basis.query.mT
+    assert torch.allclose(eye, torch.eye(64), atol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("key_sparsity", [0.0, 0.5], ids=["rotated", "as it is"])
 def test_narrow_calibrated_matrices_keep_scores(key_sparsity, dtype):

@@ -29,17 +29,23 @@ def times(median: float) -> dict[str, float]:
 
 def test_dry_run_of_the_kernels(tmp_path):
     output = tmp_path / "gpu.json"
+    # 6 tokens from pages of 64 + 2 and 16 + 32 + 2 bytes or of 48 + 4 and 48 + 2, 64 from slots of
+    # 520; 2 requests.
+    bytes_read = {
+        "int4-0-50": 2 * (6 * (66 + 50) + 64 * 520),
+        "int4_int2-int3-0-0": 2 * (6 * (52 + 50) + 64 * 520),
+    }
     command = [sys.executable, FOLDER, "--dry-run", "--parts", "decode", "--output", output]
-    command += ["--contexts", "70", "--batches", "2", "--caches", "int4-0-50"]
+    command += ["--contexts", "70", "--batches", "2", "--caches", *bytes_read]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(output.read_text())
     assert result["dry_run"] and {"torch", "triton"} <= result["machine"]["versions"].keys()
-    assert 0 < result["relative_error"]["int4-0-50"] < 1e-2
     (row,) = result["decode"]
-    # 6 tokens from pages of 64 + 2 and 16 + 32 + 2 bytes, 64 from slots of 520; 2 requests.
-    assert row["sparse"]["int4-0-50"]["bytes"] == 2 * (6 * (66 + 50) + 64 * 520)
+    for cache, expected in bytes_read.items():
+        assert 0 < result["relative_error"][cache] < 1e-2
+        assert row["sparse"][cache]["bytes"] == expected
 
 
 def test_speedup_is_over_the_fastest_bf16_kernel():

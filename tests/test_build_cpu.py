@@ -146,7 +146,7 @@ def test_sanitizers_find_nothing(isa, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     run = subprocess.run([driver], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "90 batches\n"
+    assert run.stdout == "102 batches\n"
 
 
 SPEC = CaseSpec((Request(70, 2),), padding=0)

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sparsekv.codecs import CODECS, AutoCodec, Fp8Codec, Int2Codec, Int3Codec, Int4Codec
+from vllm_sparsekv.codecs import (
+    CODECS,
+    AutoCodec,
+    Fp8Codec,
+    Int2Codec,
+    Int3Codec,
+    Int4Codec,
+    Int4Int2Codec,
+)
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -16,6 +24,7 @@ FP8 = Fp8Codec(torch.float32)
 INT4 = Int4Codec(torch.float32)
 INT3 = Int3Codec(torch.float32)
 INT2 = Int2Codec(torch.float32)
+INT4_INT2 = Int4Int2Codec(torch.float32)
 integers = pytest.mark.parametrize(
     ("codec", "steps"), [(INT4, 15), (INT3, 7.5), (INT2, 3.5)], ids=["int4", "int3", "int2"]
 )
@@ -213,6 +222,25 @@ def test_int2_bytes():
     assert packed.tolist() == list(stream.to_bytes(2, "little"))
     assert scales.tolist() == [24, 0x70]
     assert INT2.decode(packed, scales).tolist() == [0.5 * code - 0.375 for code in codes]
+
+
+def test_int4_int2_bytes():
+    """The exact levels of int4 with a step of 0.25, then the codes of test_int2_bytes."""
+    first = -1.5 + 0.25 * torch.tensor([3, 0, 15, 7, 1, 8, 14, 2])
+    second = torch.tensor([-0.5, 1.25, 0.0, 0.5, -0.25, 1.0, 0.375, 0.75])
+    packed, scales = INT4_INT2.encode(torch.cat([first, second]))
+    assert packed.tolist() == [0x03, 0x7F, 0x81, 0x2E, 0b10_01_11_00, 0b10_10_11_00]
+    assert scales.tolist() == [0x30, 0x68, 24, 0x70]
+    expected = [*first.tolist(), -0.375, 1.125, 0.125, 0.625, -0.375, 1.125, 0.625, 0.625]
+    assert INT4_INT2.decode(packed, scales).tolist() == expected
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 1e30])
+def test_int4_int2_spoils_only_the_half_that_cannot_be_stored(bad):
+    values = torch.linspace(-1, 1, 16).repeat(2, 1)
+    values[0, 3] = values[1, 9] = bad
+    nan = round_trip(INT4_INT2, values).isnan()
+    assert nan.tolist() == [[True] * 8 + [False] * 8, [False] * 8 + [True] * 8]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,10 @@ import pytest
 from vllm_sparsekv.config import PRESETS, SparseKVConfig
 
 SPARSITY = "must be a number s with 0 <= s < 1"
-DTYPE = "must be one of ['auto', 'fp8', 'int2', 'int3', 'int4']"
+DTYPES = {
+    "key_dtype": ["auto", "fp8", "int2", "int3", "int4", "int4_int2"],
+    "value_dtype": ["auto", "fp8", "int2", "int3", "int4"],
+}
 WINDOW = "must be an integer >= 0 (tokens)"
 SETTINGS = (
     "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window', 'basis']"
@@ -65,13 +69,24 @@ def test_bad_sparsity(field, value):
 @pytest.mark.parametrize("field", ["key_dtype", "value_dtype"])
 @pytest.mark.parametrize("value", ["bf16", "AUTO", "", None, 8, ["fp8"], {"fp8": 1}])
 def test_bad_dtype(field, value):
-    assert refusal({field: value}) == f"sparsekv.{field}={value!r}: {DTYPE}"
+    message = f"sparsekv.{field}={value!r}: must be one of {DTYPES[field]}"
+    assert refusal({field: value, "basis": "b"}) == message
 
 
-@pytest.mark.parametrize("kind", ["key", "value"])
-@pytest.mark.parametrize("dtype", ["int3", "int2"])
+def test_two_bands_are_for_keys_in_a_calibrated_basis():
+    wanted = f"sparsekv.value_dtype='int4_int2': must be one of {DTYPES['value_dtype']}"
+    assert refusal({"value_dtype": "int4_int2", "basis": "b"}) == wanted
+    wanted = "sparsekv.basis=None: must be a file's path with key_dtype='int4_int2'"
+    assert refusal({"key_dtype": "int4_int2"}) == wanted
+    assert SparseKVConfig(key_dtype="int4_int2", basis="b").key_sparsity == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [*itertools.product(("key", "value"), ("int3", "int2")), ("key", "int4_int2")],
+)
 def test_few_bits_take_whole_vectors_only(kind, dtype):
-    message = refusal({f"{kind}_dtype": dtype, f"{kind}_sparsity": 0.5})
+    message = refusal({f"{kind}_dtype": dtype, f"{kind}_sparsity": 0.5, "basis": "b"})
     assert message == (
         f"sparsekv.{kind}_sparsity=0.5: must be 0 with {kind}_dtype={dtype!r}; "
         "int4, fp8 and auto can be pruned"

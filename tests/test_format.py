@@ -69,6 +69,19 @@ def test_vector_bytes(head_size, sparsity):
         assert (fmt.value.survivors, fmt.value.num_bytes) == (survivors, size)
 
 
+def test_two_bands():
+    """4 and 2 bits for half of the elements each, and two scales."""
+    bands = {"key_sparsity": 0.0, "key_dtype": "int4_int2", "basis": "b"}
+    for head_size, size in ((64, 28), (96, 40), (128, 52), (256, 100)):
+        assert make(head_size, **bands).key.num_bytes == size
+    with pytest.raises(ValueError) as error:
+        make(80, **bands)
+    assert str(error.value) == (
+        "sparsekv.key_dtype='int4_int2': must be another one for head_size=80, "
+        "which is no multiple of 32"
+    )
+
+
 def test_token_and_slot_bytes():
     fmt = make(128, key_sparsity=0.3, key_dtype="int4", value_dtype="fp8")
     assert (fmt.token_bytes, fmt.dense_token_bytes, fmt.slot_bytes) == (64 + 80, 512, 520)

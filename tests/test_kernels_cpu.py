@@ -19,13 +19,14 @@ from helpers import (
     attention_error,
     build_case,
 )
-from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX, WHOLE_ONLY
+from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
+from vllm_sparsekv.codecs import CODECS
 from vllm_sparsekv.kernels.cpu import build, ops
 
 NATIVE = Ops(ops.pack, ops.sparse_attention, ops.write_window)
-CODECS = [("auto", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float16)] + [
-    (codec, torch.bfloat16) for codec in ("fp8", "int4", "int3", "int2")
+STORED = [("auto", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float16)] + [
+    (codec, torch.bfloat16) for codec in ("fp8", "int4", "int3", "int2", "int4_int2")
 ]
 
 
@@ -62,35 +63,35 @@ def assert_same_memory(case: Case, expected: Case) -> None:
         assert_same_bytes(case.window, expected.window)
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX + INT2_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX, ids=str)
 def test_ragged_matrix(spec, isa):
     case = build_case(spec, NATIVE)
     assert_same_memory(case, reference_case(spec))
     for threads in (1, 2):
         torch.set_num_threads(threads)
         assert_attention(case, NATIVE)
-        # Root mean squares of the errors are up to 1.9 times the reference's own, the largest is
-        # chance; and one rounding.
-        budget = 3 * reference_error(spec) + torch.finfo(torch.float32).eps
+        # Root mean squares of the errors are up to 1.9 times the reference's own, whose order of
+        # sums depends on the machine, and the largest is chance; and two roundings.
+        budget = 4 * reference_error(spec) + 2 * torch.finfo(torch.float32).eps
         assert attention_error(case, NATIVE) <= budget
 
 
-@pytest.mark.parametrize("codec, dtype", CODECS)
+@pytest.mark.parametrize("codec, dtype", STORED)
 @pytest.mark.parametrize(
     "head_size, survivors_share", [(64, 0.5), (80, 0.35), (256, 0.9), (128, 1.0)]
 )
 def test_pack_chooses_the_same_survivors(isa, codec, dtype, head_size, survivors_share):
     """Ties, zeros of both signs, subnormals, the extremes of the dtype, Inf and NaN."""
-    if codec in WHOLE_ONLY and survivors_share < 1:
+    if CODECS[codec].whole_only and survivors_share < 1:
         pytest.skip(f"{codec} stores whole vectors only")
     generator = torch.Generator().manual_seed(0)
     spec = CaseSpec(
         (),
         head_size=head_size,
         key_sparsity=1 - survivors_share,
-        value_sparsity=0.0 if codec in WHOLE_ONLY else 0.5,
+        value_sparsity=0.0 if CODECS[codec].whole_only else 0.5,
         key_dtype=codec,
-        value_dtype=codec,
+        value_dtype=codec if CODECS[codec].bands == 1 else "auto",
         dtype=dtype,
     )
     fmt, tokens = spec.format, 256

@@ -10,7 +10,7 @@ from helpers import CaseSpec, Request, assert_same_bytes, build_case
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import pruned
-from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX, WHOLE_ONLY
+from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
 from vllm_sparsekv.codecs import CODECS, AutoCodec
 from vllm_sparsekv.config import SparseKVConfig
@@ -116,7 +116,7 @@ def test_bytes_of_one_vector(codec, dtype):
 @pytest.mark.parametrize("survivors", [4, 20, -4, 0])
 def test_random_vectors_come_back_pruned(codec, head_size, survivors):
     survivors = survivors if 0 < survivors < head_size else head_size + min(survivors, 0)
-    if codec in WHOLE_ONLY and survivors < head_size:
+    if CODECS[codec].whole_only and survivors < head_size:
         pytest.skip(f"{codec} stores whole vectors only")
     generator = torch.Generator().manual_seed(head_size + survivors)
     for dtype in DTYPES:
@@ -134,12 +134,12 @@ def test_random_vectors_come_back_pruned(codec, head_size, survivors):
 @pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64), (2, 0, 64)])
 @pytest.mark.parametrize("codec", CODECS)
 def test_no_vectors(shape, codec):
-    fmt = VectorFormat(64, 64 if codec in WHOLE_ONLY else 32, CODECS[codec](torch.float32))
+    fmt = VectorFormat(64, 64 if CODECS[codec].whole_only else 32, CODECS[codec](torch.float32))
     packed = pack_vectors(torch.empty(shape), fmt)
     assert unpack_vectors(*packed, fmt).shape == shape
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX + INT2_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX, ids=str)
 def test_pages_hold_the_history_and_nothing_else(spec):
     """Every packed token unpacks to its pruned vectors; every other byte is still poison."""
     case = build_case(spec)

@@ -6,7 +6,8 @@ arXiv 2404.00456). Pruned vectors stay as they are: pruning lives on elements of
 
 Integer vectors can take a calibrated basis instead (:mod:`vllm_sparsekv.calibrate`), one matrix per
 KV head. It makes elements matter as much as they are large, and of sizes as different as can be, so
-pruned vectors are stored in it as they are, and whole ones rotated on top of it.
+pruned vectors are stored in it as they are, and whole ones rotated on top of it, each band of their
+codec by itself.
 
 Attention needs no vector back. With keys stored as ``k F`` and queries taken as ``q F^-T`` scores
 are unchanged, and with values stored as ``v F`` the output is ``o F^-1``.
@@ -21,7 +22,6 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_sparsekv.codecs import IntCodec
 from vllm_sparsekv.format import SparseFormat, VectorFormat
 
 
@@ -89,11 +89,13 @@ def _calibrated(
     vector: VectorFormat, matrices: torch.Tensor, device: torch.device | str, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
     """What vectors are multiplied with, (num_kv_heads, D, D), and its inverse."""
-    if not isinstance(vector.codec, IntCodec):
+    if not vector.codec.integer:
         return None, None
     forward = matrices.double()
     if vector.rotated:
-        forward = forward @ rotation(vector.head_size)[0].double()
+        bands = vector.codec.bands
+        band = rotation(vector.head_size // bands)[0].double()
+        forward = forward @ torch.block_diag(*[band] * bands)
     return tuple(x.to(device, dtype) for x in (forward, torch.linalg.inv(forward)))
 
 

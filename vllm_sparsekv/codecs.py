@@ -16,16 +16,35 @@ import torch
 
 
 @dataclass(frozen=True)
-class AutoCodec:
-    """Values in the model's own dtype, stored exactly.
+class Codec:
+    """What every codec has.
 
     Args:
         dtype: the model dtype (float16, bfloat16 or float32).
+
+    Attributes:
+        name: what settings call it.
+        bits: of one survivor, on average.
+        scale_bytes: of one vector, beside its survivors.
+        integer: whether survivors become integers, which lose least in a basis of their own.
+        whole_only: whether it takes only vectors that keep all their elements.
+        bands: equal runs of elements with a scale each. With more than one they must be elements
+            of a calibrated basis, the most important ones first.
     """
 
     dtype: torch.dtype
+    name: ClassVar[str]
+    bits: ClassVar[int]
+    scale_bytes: ClassVar[int] = 0
+    integer: ClassVar[bool] = False
+    whole_only: ClassVar[bool] = False
+    bands: ClassVar[int] = 1
+
+
+class AutoCodec(Codec):
+    """Values in the model's own dtype, stored exactly."""
+
     name = "auto"
-    scale_bytes = 0
 
     @property
     def bits(self) -> int:
@@ -41,14 +60,11 @@ class AutoCodec:
         return packed.contiguous().view(self.dtype).float()
 
 
-@dataclass(frozen=True)
-class Fp8Codec:
+class Fp8Codec(Codec):
     """float8 e4m3 without a scale: finite values saturate at +-448, Inf and NaN become NaN."""
 
-    dtype: torch.dtype
     name = "fp8"
     bits = 8
-    scale_bytes = 0
 
     def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., k) floats -> (..., k) uint8 and (..., 0) uint8."""
@@ -69,8 +85,7 @@ def _fp8_table(device: torch.device) -> torch.Tensor:
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
-@dataclass(frozen=True)
-class IntCodec:
+class IntCodec(Codec):
     """Asymmetric b-bit integers: value = step * (code - zero), 2 bytes of scale a vector.
 
     Codes 0 .. 2 ** b - 1 form a little-endian bit stream: code i is bits b * i .. b * i + b - 1,
@@ -93,11 +108,9 @@ class IntCodec:
             vector, and what every vector of a context lacks does not average out.
     """
 
-    dtype: torch.dtype
-    name: ClassVar[str]
-    bits: ClassVar[int]
     steps: ClassVar[float]
     scale_bytes = 2
+    integer = True
 
     def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(..., k) floats -> (..., k * bits / 8) uint8 and (..., 2) uint8."""
@@ -153,6 +166,7 @@ class Int3Codec(IntCodec):
 
     name = "int3"
     bits = 3
+    whole_only = True
     steps = 7.5
 
 
@@ -161,15 +175,40 @@ class Int2Codec(IntCodec):
 
     name = "int2"
     bits = 2
+    whole_only = True
     steps = 3.5
 
 
-Codec = AutoCodec | Fp8Codec | Int4Codec | Int3Codec | Int2Codec
+class Int4Int2Codec(Codec):
+    """3 bits on average: the first half of the elements int4, then the second half int2.
+
+    In a calibrated basis the first half of a key's elements holds nearly all that its scores depend
+    on. The int4 codes come before those of int2, the first half's scale before the other's.
+    """
+
+    name = "int4_int2"
+    bits = 3
+    scale_bytes = 4
+    integer = True
+    whole_only = True
+    bands = 2
+
+    def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., k) floats -> (..., k * 3 / 8) uint8 and (..., 4) uint8."""
+        first, second = values.chunk(2, dim=-1)
+        encoded = Int4Codec(self.dtype).encode(first), Int2Codec(self.dtype).encode(second)
+        packed, scales = (torch.cat(parts, dim=-1) for parts in zip(*encoded, strict=True))
+        return packed, scales
+
+    def decode(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """(..., k * 3 / 8) and (..., 4) uint8 -> (..., k) float32."""
+        third = packed.shape[-1] // 3
+        first = Int4Codec(self.dtype).decode(packed[..., : 2 * third], scales[..., :2])
+        second = Int2Codec(self.dtype).decode(packed[..., 2 * third :], scales[..., 2:])
+        return torch.cat([first, second], dim=-1)
+
 
 CODECS: dict[str, type[Codec]] = {
-    "auto": AutoCodec,
-    "fp8": Fp8Codec,
-    "int4": Int4Codec,
-    "int3": Int3Codec,
-    "int2": Int2Codec,
+    codec.name: codec
+    for codec in (AutoCodec, Fp8Codec, Int4Codec, Int3Codec, Int2Codec, Int4Int2Codec)
 }

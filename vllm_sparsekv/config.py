@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_sparsekv.codecs import CODECS, IntCodec
+from vllm_sparsekv.codecs import CODECS
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {
@@ -27,16 +27,16 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Points on the curve of bytes against quality (``make bench-accuracy``).
 
 Measured on SmolLM2-135M (head_size 64), decoding token by token, on four held-out texts (drama,
-essays, a guide, Perl; 3 x 2,048 tokens each). Bytes are per token and KV head and include the
+essays, a guide, Perl; 6 x 2,048 tokens each). Bytes are per token and KV head and include the
 window, spread over a context of 4,096 tokens; dense bfloat16 is 256. They keep every element: in
 the model's own basis, pruned vectors of the same bytes lose more.
 
 ========  =====  =======  ================  ======  =====
 preset    bytes  vs bf16  perplexity ratio  KL      top-1
 ========  =====  =======  ================  ======  =====
-quality    72.1    3.55x  1.0051 +- 0.0010  0.0059  0.959
-balanced   64.1    3.99x  1.0088 +- 0.0014  0.0084  0.949
-capacity   56.1    4.56x  1.0213 +- 0.0027  0.0257  0.913
+quality    72.1    3.55x  1.0051 +- 0.0007  0.0061  0.959
+balanced   64.1    3.99x  1.0084 +- 0.0009  0.0086  0.950
+capacity   56.1    4.56x  1.0233 +- 0.0020  0.0269  0.913
 ========  =====  =======  ================  ======  =====
 
 At head_size 128 and 32,768 tokens the bytes are 3.85x, 4.38x and 5.07x below bfloat16.
@@ -50,8 +50,9 @@ class SparseKVConfig:
     Attributes:
         key_sparsity: share of each key vector that is dropped, 0 <= s < 1.
         value_sparsity: share of each value vector that is dropped, 0 <= s < 1.
-        key_dtype: how surviving key elements are stored, a name in ``codecs.CODECS``.
-        value_dtype: how surviving value elements are stored, a name in ``codecs.CODECS``.
+        key_dtype: how surviving key elements are stored, a name in ``codecs.CODECS``; "int4_int2"
+            needs a basis.
+        value_dtype: the same for value elements, without "int4_int2".
         window: newest tokens of a request that stay dense, >= 0.
         basis: path of a file written by ``sparsekv-calibrate`` for this model, in whose basis
             integer keys and values are stored; None for the model's own.
@@ -71,12 +72,14 @@ class SparseKVConfig:
                 raise _invalid(name, value, "a number s with 0 <= s < 1")
         for name in ("key_dtype", "value_dtype"):
             value = getattr(self, name)
-            if not isinstance(value, str) or value not in CODECS:
-                raise _invalid(name, value, f"one of {sorted(CODECS)}")
+            bands = 2 if name == "key_dtype" else 1
+            valid = sorted(codec for codec in CODECS if CODECS[codec].bands <= bands)
+            if not isinstance(value, str) or value not in valid:
+                raise _invalid(name, value, f"one of {valid}")
         for kind in ("key", "value"):
             sparsity = getattr(self, f"{kind}_sparsity")
             dtype = getattr(self, f"{kind}_dtype")
-            if dtype in ("int3", "int2") and sparsity:
+            if CODECS[dtype].whole_only and sparsity:
                 raise _invalid(
                     f"{kind}_sparsity",
                     sparsity,
@@ -88,9 +91,11 @@ class SparseKVConfig:
             if not isinstance(self.basis, str):
                 raise _invalid("basis", self.basis, "None or a path (string)")
             dtypes = self.key_dtype, self.value_dtype
-            if not any(issubclass(CODECS[dtype], IntCodec) for dtype in dtypes):
+            if not any(CODECS[dtype].integer for dtype in dtypes):
                 expected = "None with key_dtype={!r}, value_dtype={!r}: only integers change basis"
                 raise _invalid("basis", self.basis, expected.format(*dtypes))
+        elif CODECS[self.key_dtype].bands > 1:
+            raise _invalid("basis", None, f"a file's path with key_dtype={self.key_dtype!r}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> SparseKVConfig:

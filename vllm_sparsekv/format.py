@@ -66,7 +66,7 @@ class VectorFormat:
     @property
     def rotated(self) -> bool:
         """Whether these vectors are stored in the basis of :mod:`vllm_sparsekv.basis`."""
-        return self.survivors == self.head_size and self.codec.bits < 8
+        return self.survivors == self.head_size and self.codec.integer
 
     @property
     def bitmap_bytes(self) -> int:
@@ -138,11 +138,16 @@ class SparseFormat:
         """Derive the format for one layer.
 
         Raises:
-            ValueError: head_size not a multiple of 16, dtype not a model dtype, or a sparsity that
-                leaves fewer than 4 survivors.
+            ValueError: head_size not a multiple of 16 (of 32 with two bands), dtype not a model
+                dtype, or a sparsity that leaves fewer than 4 survivors.
         """
         if head_size <= 0 or head_size % 16:
             raise ValueError(f"head_size={head_size}: must be a positive multiple of 16")
+        if head_size % (16 * CODECS[config.key_dtype].bands):
+            raise ValueError(
+                f"sparsekv.key_dtype={config.key_dtype!r}: must be another one for "
+                f"head_size={head_size}, which is no multiple of 32"
+            )
         if dtype not in MODEL_DTYPES:
             raise ValueError(f"dtype={dtype}: must be one of {list(MODEL_DTYPES)}")
         for name in ("key_sparsity", "value_sparsity"):

@@ -29,9 +29,10 @@ CACHES = {
     "int4-0-0": SparseKVConfig(0.0, 0.0, "int4", "int4", 64),
     "int4-int3-0-0": SparseKVConfig(0.0, 0.0, "int4", "int3", 64),
     "int3-0-0": SparseKVConfig(0.0, 0.0, "int3", "int3", 64),
+    "int4_int2-int3-0-0": SparseKVConfig(0.0, 0.0, "int4_int2", "int3", 64, basis="any"),
     "int3-int2-0-0": SparseKVConfig(0.0, 0.0, "int3", "int2", 64),
 }
-"""Codecs, then sparsity of keys and of values in percent."""
+"""Codecs, then sparsity of keys and of values in percent; kernels read no basis."""
 DTYPE = torch.bfloat16
 
 

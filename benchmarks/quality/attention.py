@@ -18,8 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from quality.methods import Method
 
-TILE = 256
-"""Queries handled at once."""
+TILE = 64
+"""Positions whose queries are handled at once: their scores fit a CPU's caches."""
 
 NAME = "cached_rule"
 
@@ -50,7 +50,7 @@ def rule_attention(
     key, value = key.to(dtype), value.to(dtype)
     cached_key, cached_value = method.key(key, query), method.value(value)
     key, value = key.float(), value.float()
-    num_kv_heads, tokens, size = key.shape
+    num_kv_heads, tokens, _ = key.shape
     grouped = query.unflatten(0, (num_kv_heads, -1)) * scale
     position = torch.arange(tokens)
     first_dense = position // chunk * chunk - method.window
@@ -59,21 +59,19 @@ def rule_attention(
         end = min(start + TILE, tokens)
         # Keys before `split` are cached for every query of the tile; from there on it depends.
         split = max(0, int(first_dense[start]))
-        tile = grouped[:, :, start:end].flatten(1, 2)
         dense = position[split:end] >= first_dense[start:end, None]
-        visible = position[split:end] <= position[start:end, None]
-        near = torch.where(
-            dense,
-            (tile @ key[:, split:end].mT).unflatten(1, (-1, end - start)),
-            (tile @ cached_key[:, split:end].mT).unflatten(1, (-1, end - start)),
-        )
-        far = (tile @ cached_key[:, :split].mT).unflatten(1, (-1, end - start))
-        weight = torch.cat([far, near.masked_fill(~visible, -torch.inf)], -1).softmax(-1)
-        far, near = weight.split([split, end - split], -1)
-        result = (near * dense).flatten(1, 2) @ value[:, split:end]
-        result += (near * ~dense).flatten(1, 2) @ cached_value[:, split:end]
-        result += far.flatten(1, 2) @ cached_value[:, :split]
-        out[:, :, start:end] = result.unflatten(1, (-1, end - start))
+        future = position[split:end] > position[start:end, None]
+        for head, queries in enumerate(grouped[:, :, start:end].flatten(1, 2)):
+            weights = queries @ cached_key[head, :end].mT
+            near = weights[:, split:].unflatten(0, (-1, end - start))
+            exact = (queries @ key[head, split:end].mT).unflatten(0, near.shape[:2])
+            near.copy_(torch.where(dense, exact, near).masked_fill_(future, -torch.inf))
+            weights.sub_(weights.amax(-1, keepdim=True)).exp_()
+            total = weights.sum(-1, keepdim=True)
+            result = (near * dense).flatten(0, 1) @ value[head, split:end]
+            near *= ~dense
+            result += weights @ cached_value[head, :end]
+            out[head, :, start:end] = result.div_(total).unflatten(0, near.shape[:2])
     return out.flatten(0, 1)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from quality.policies import WINDOW, Magnitude, OutputAware, PerChannel, Policy, Think
 from vllm_sparsekv.basis import Basis, change
 from vllm_sparsekv.basis_file import BasisFile
 from vllm_sparsekv.config import PRESETS, SparseKVConfig
@@ -176,19 +177,6 @@ def _turboquant(x: Vectors, bits: int) -> Vectors:
     return _rotated(quantise, x)
 
 
-def _think(key: Vectors, query: torch.Tensor, kept: int) -> Vectors:
-    """ThinK (arXiv 2407.21018): drop whole key channels by query-driven score, per head.
-
-    The score of a channel is the product of its norms in the last 32 queries and in the keys.
-    """
-    num_kv_heads, _, size = key.shape
-    observed = query[:, -32:].float().unflatten(0, (num_kv_heads, -1))
-    score = observed.square().sum((1, 2)).sqrt() * key.float().square().sum(1).sqrt()
-    channel = score.topk(kept, dim=-1).indices
-    mask = torch.zeros(num_kv_heads, size).scatter_(1, channel, 1.0)
-    return key.float() * mask.unsqueeze(1)
-
-
 def build_methods(
     head_size: int, dtype: torch.dtype, window: int = 64, basis: Path | None = None
 ) -> dict[str, Method]:
@@ -199,6 +187,7 @@ def build_methods(
         dtype: cache dtype of the dense baseline and of every method's window.
         basis: file of ``sparsekv-calibrate``; adds each preset in it, and a few rows more.
         window: the dense window of the rivals; Mustafar and ThinK use the 32 of their papers.
+            Rows of :mod:`quality.policies` cost what a bitmap and 16-bit survivors would.
     """
 
     def quantised(quantise: Callable[[Vectors], Vectors], bits: float, scale: int) -> Method:
@@ -213,15 +202,24 @@ def build_methods(
         for name, settings in (
             *((name, {"preset": name}) for name in PRESETS),
             ("balanced-window-112", {"preset": "balanced", "window": 112}),
-            ("capacity-window-112", {"preset": "capacity", "window": 112}),
-            ("int3-int2", {"key_dtype": "int3", "value_dtype": "int2"}),
-            ("int3-int2-window-104", {"key_dtype": "int3", "value_dtype": "int2", "window": 104}),
+            ("int4_int2-int3", {"key_dtype": "int4_int2", "value_dtype": "int3"}),
+            ("int4_int2-int2", {"key_dtype": "int4_int2", "value_dtype": "int2"}),
             ("pruned", {"key_sparsity": 0.5, "key_dtype": "int4", "value_dtype": "int3"}),
         )
-        if basis
+        if basis and not (head_size % 32 and settings.get("key_dtype") == "int4_int2")
     }
     half = head_size // 2
     dense_bytes = 2 * head_size * dtype.itemsize
+    packed_bytes = head_size // 8 + half * dtype.itemsize
+
+    def pruned(key: Policy, value: Policy | None, size: int) -> Method:
+        def read_value(x: Vectors) -> Vectors:
+            return x.float() * (value.survivors(x, None) if value else 1)
+
+        return Method(
+            lambda k, query: k.float() * key.survivors(k, query), read_value, size, WINDOW, True
+        )
+
     mustafar = {
         f"mustafar-{percent}": sparse(
             SparseKVConfig(percent / 100, percent / 100, "auto", "auto", 32), head_size, dtype
@@ -242,13 +240,9 @@ def build_methods(
             head_size * 7 / 8 + 4,
             window,
         ),
-        "think-50": Method(
-            partial(_think, kept=half),
-            torch.Tensor.float,
-            (half + head_size) * dtype.itemsize,
-            32,
-            evaluation_only=True,
-        ),
+        "think-50": pruned(Think(half), None, (half + head_size) * dtype.itemsize),
+        "output-aware-50": pruned(OutputAware(half), Magnitude(half), 2 * packed_bytes),
+        "per-channel-50": pruned(PerChannel(0.5), PerChannel(0.5), 2 * packed_bytes),
         **mustafar,
         **{f"sparsekv-{name}": ours(preset=name) for name in PRESETS},
         **calibrated,

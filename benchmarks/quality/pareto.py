@@ -55,6 +55,7 @@ def rows(
             {
                 "method": name,
                 "length": length,
+                "evaluation_only": methods[name].evaluation_only,
                 "bytes_per_token_and_head": round(size, 2),
                 "compression": round(dense_bytes / size, 3),
                 "ppl_ratio": round(ratios.log().mean().exp().item(), 5),

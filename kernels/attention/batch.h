@@ -1,5 +1,6 @@
 // Collects the keys, or the values, that are attended together, in packed form: copied to working
-// memory, which the expanding functions may read past, or read in place where that is safe.
+// memory, which the expanding functions may read past, or read in place where that is safe. Keys of
+// two bands become dense rows at once.
 #pragma once
 
 #include "../cpu/layout.h"
@@ -44,6 +45,10 @@ class Batch {
         const int bytes = layout_.value_bytes(), bitmap_bytes = head_size_ / 8;
         const uint8_t* source = section.values + int64_t(first) * bytes;
         const uint8_t* bitmap = section.bitmap + first * bitmap_bytes;
+        if (layout_.storage == INT4_INT2) {
+            add_bands(source, section.scales + first * scale_bytes(INT4_INT2), count, n);
+            return;
+        }
         if (is_integer(layout_.storage))
             add_scales(section.scales + first * scale_bytes(layout_.storage), count, n);
         if (in_place && !is_spread()) {
@@ -66,14 +71,14 @@ class Batch {
 
     // What was collected: dense rows, or pruned vectors.
     int storage(bool dense) const {
-        if (dense || has_nan_ || (whole_ && layout_.storage == FLOAT32)) return DENSE;
+        if (dense || has_nan_ || layout_.storage == INT4_INT2 || (whole_ && layout_.storage == FLOAT32)) return DENSE;
         const int storage = layout_.storage == FP8 ? int(BFLOAT16) : layout_.storage;
         return whole_ ? storage + WHOLE : storage;
     }
 
     Vectors vectors(bool dense, int n) {
         const int64_t row = int64_t(head_size_) * sizeof(float);
-        if (dense) return {values_, bitmap_, row, ones_, zeros_};
+        if (dense || layout_.storage == INT4_INT2) return {values_, bitmap_, row, ones_, zeros_};
         if (!has_nan_) return {place_.values, place_.bitmap, stride(), units_, zeros_};
         // Element by element: a NaN unit would spoil the zeros of pruned elements.
         for (int i = 0; i < n; ++i) {
@@ -91,6 +96,23 @@ class Batch {
     // Whether survivors take more bytes here than in their page.
     bool is_spread() const { return layout_.storage == FP8 || (layout_.storage == INT4 && !whole_); }
     int stride() const { return is_spread() ? 2 * layout_.value_bytes() : layout_.value_bytes(); }
+
+    void add_bands(const uint8_t* source, const uint8_t* scales, int count, int n) {
+        const int half = head_size_ / 2;
+        float* out = reinterpret_cast<float*>(values_) + n * head_size_;
+        for (int i = 0; i < count; ++i, source += layout_.value_bytes(), scales += 4, out += head_size_) {
+            expand_codes<4>(source, IntScale::read(scales), half, out);
+            expand_codes<2>(source + half / 2, IntScale::read(scales + 2), half, out + half);
+        }
+    }
+
+    // The values of `size` codes, a multiple of LANES. May read 2 bytes more.
+    template <int BITS>
+    static void expand_codes(const uint8_t* codes, IntScale scale, int size, float* out) {
+        const F step = broadcast(scale.step), zero = broadcast(scale.step * scale.zero / (1 << (7 - BITS)));
+        for (int d = 0; d < size; d += LANES, codes += LANES * BITS / 8)
+            store(out + d, spread_codes<BITS>(codes) * step - zero);
+    }
 
     // A NaN step spoils the whole vector, so it needs care only where some elements are pruned.
     void add_scales(const uint8_t* scales, int count, int n) {

@@ -17,12 +17,13 @@ def parts(size: int) -> tuple[int, int]:
 @triton.jit
 def split_columns(x):
     """Columns of x (ROWS, 4 n): the first 2 n and the next n."""
-    first, second = _halve(x)
-    return first, _halve(second)[0]
+    first, second = halve(x)
+    return first, halve(second)[0]
 
 
 @triton.jit
-def _halve(x):
+def halve(x):
+    """The first and the second half of the columns of x (ROWS, 2 n)."""
     ROWS: tl.constexpr = x.shape[0]
     HALF: tl.constexpr = x.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))

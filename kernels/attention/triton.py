@@ -22,7 +22,8 @@ from vllm_sparsekv.kernels.attention.launch import (
     choose_launch,
     workspace_elements,
 )
-from vllm_sparsekv.kernels.attention.parts import join_rows, split_columns
+from vllm_sparsekv.kernels.attention.parts import halve, join_rows, split_columns
+from vllm_sparsekv.kernels.attention.scores import load_halves, second_query, second_scores
 from vllm_sparsekv.kernels.attention.softmax import add_eighths, fold, in_float16, merge_splits
 from vllm_sparsekv.kernels.attention.unpack import (
     code_step,
@@ -186,6 +187,7 @@ def _attend(
     DENSE_TILE: tl.constexpr,
     SPLIT: tl.constexpr,
     K: tl.constexpr,
+    K2: tl.constexpr,
     V: tl.constexpr,
     WORDS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -210,13 +212,18 @@ def _attend(
     element = tl.arange(0, PADDED)
     inside = element < D
     query += token[:, None] * query_token_stride + query_head[:, None] * query_head_stride
-    q = tl.load(query + element[None, :], mask=real[:, None] & inside[None, :], other=0)
+    if K2 is None:
+        q = tl.load(query + element[None, :], mask=real[:, None] & inside[None, :], other=0)
+    else:
+        q = load_halves(query, real, D, PADDED)
 
     PAGE_BYTES: tl.constexpr = V[5] + BLOCK_SIZE * V[6]
     K_CODEC: tl.constexpr = K[0]
     V_CODEC: tl.constexpr = V[0]
     K_BITMAP_BYTES: tl.constexpr = K[2]
     V_BITMAP_BYTES: tl.constexpr = V[2]
+    K_PART: tl.constexpr = PART if K2 is None else PADDED // 2
+    K_REST: tl.constexpr = REST if K2 is None else 0
     # The words of quantised codecs unpack to float16, whatever the model dtype.
     K_DTYPE: tl.constexpr = q.dtype if K_CODEC == AUTO or WORDS == 0 else tl.float16
     V_DTYPE: tl.constexpr = q.dtype if V_CODEC == AUTO or WORDS == 0 else tl.float16
@@ -228,6 +235,9 @@ def _attend(
         # Below 2 in float16: decoded_query multiplies by up to 128.
         k_query, row_scale = in_float16(q)
         k_scale *= row_scale
+    if K2 is not None:
+        k_query, k2_query = halve(k_query)
+        k2_operands = second_query(k2_query, K, K2, WORDS)
     if K_CODES:
         query_sum = tl.sum(k_query.to(tl.float32), axis=1) * code_zero(K_CODEC)
         k_scale *= code_step(K_CODEC)
@@ -241,6 +251,7 @@ def _attend(
     weighted = tl.zeros([PART, ROWS], tl.float32)
     if REST > 0:
         weighted_rest = tl.zeros([REST, ROWS], tl.float32)
+    if K_REST > 0:
         k_query, rest = split_columns(k_query)
         query_columns_rest = tl.trans(rest)
     query_columns = tl.trans(k_query)
@@ -291,20 +302,22 @@ def _attend(
             k_step, k_zero, v_step, v_zero = 1.0, 0, 1.0, 0
             if K_CODEC >= INT4:
                 k_step, k_zero = load_scale(page, offset, visible, K, WORDS)
-            k = unpack_tile(page, offset, k_step, k_zero, visible, K, D, 0, PART, K_DTYPE, WORDS)
+            k = unpack_tile(page, offset, k_step, k_zero, visible, K, 0, K_PART, K_DTYPE, WORDS)
             scores = tl.dot(k, query_columns, input_precision="ieee")
-            if REST > 0:
+            if K_REST > 0:
                 k = unpack_tile(
-                    page, offset, k_step, k_zero, visible, K, D, PART, REST, K_DTYPE, WORDS
+                    page, offset, k_step, k_zero, visible, K, PART, REST, K_DTYPE, WORDS
                 )
                 scores = tl.dot(k, query_columns_rest, scores, input_precision="ieee")
             if K_CODES:
                 scores = (scores - query_sum[None, :] * k_zero[:, None]) * k_step[:, None]
+            if K2 is not None:
+                scores += second_scores(page, offset, visible, k2_operands, K2, K_DTYPE, WORDS)
             if masked:
                 scores = tl.where(visible[:, None], scores, float("-inf"))
             if V_CODEC >= INT4:
                 v_step, v_zero = load_scale(page, offset, visible, V, WORDS)
-            v = unpack_tile(page, offset, v_step, v_zero, visible, V, D, 0, PART, V_DTYPE, WORDS)
+            v = unpack_tile(page, offset, v_step, v_zero, visible, V, 0, PART, V_DTYPE, WORDS)
             if V_CODES:
                 # Steps join the weights before the maximum is taken, so that these fit float16.
                 step = log2_step(v_step)
@@ -328,7 +341,7 @@ def _attend(
             weighted = tl.dot(tl.trans(v), weights, weighted, input_precision="ieee")
             if REST > 0:
                 v = unpack_tile(
-                    page, offset, v_step, v_zero, visible, V, D, PART, REST, V_DTYPE, WORDS
+                    page, offset, v_step, v_zero, visible, V, PART, REST, V_DTYPE, WORDS
                 )
                 weighted_rest *= correction[None, :]
                 weighted_rest = tl.dot(tl.trans(v), weights, weighted_rest, input_precision="ieee")

@@ -79,7 +79,6 @@ def unpack_tile(
     zero,
     visible,
     VECTORS: tl.constexpr,
-    D: tl.constexpr,
     FIRST: tl.constexpr,
     WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -89,7 +88,7 @@ def unpack_tile(
 
     A vector is ``code_step * step * (tile - code_zero * zero)`` for integers in words, else
     ``tile``; integers in words without a bitmap are in the order of :func:`decoded_query`. What is
-    pruned, not visible or beyond D is 0, for integers in words zero itself.
+    pruned, not visible or beyond the vector is 0, for integers in words zero itself.
 
     Args:
         page: (TILE,) pointers to uint8 or one for all, the tile of the KV head in a block.
@@ -103,6 +102,7 @@ def unpack_tile(
     CODEC: tl.constexpr = VECTORS[0]
     BITMAP_BYTES: tl.constexpr = VECTORS[2]
     VALUE_BYTES: tl.constexpr = VECTORS[4]
+    D: tl.constexpr = VECTORS[7]
     bitmap_at = page + (VECTORS[1] + offset * BITMAP_BYTES)
     values_at = page + (VECTORS[3] + offset * VALUE_BYTES)
     if WORDS == 0:

@@ -6,14 +6,16 @@
 namespace sparsekv::SPARSEKV_ISA {
 
 // The numbers are those of STORAGE in kernels/cpu/ops.py.
-enum Storage : int32_t { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FP8 = 3, INT4 = 4, INT3 = 5, INT2 = 6 };
+enum Storage : int32_t {
+    FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FP8 = 3, INT4 = 4, INT3 = 5, INT2 = 6, INT4_INT2 = 7
+};
 
 constexpr int storage_bits(int storage) {
-    constexpr int BITS[] = {32, 16, 16, 8, 4, 3, 2};
+    constexpr int BITS[] = {32, 16, 16, 8, 4, 3, 2, 3};
     return BITS[storage];
 }
 inline bool is_integer(int storage) { return storage >= INT4; }
-inline int scale_bytes(int storage) { return is_integer(storage) ? 2 : 0; }
+inline int scale_bytes(int storage) { return storage == INT4_INT2 ? 4 : is_integer(storage) ? 2 : 0; }
 
 template <class To, class From>
 inline To bit_cast(From x) {

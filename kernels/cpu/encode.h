@@ -45,6 +45,11 @@ inline void encode(int storage, const float* x, int survivors, uint8_t* values, 
     if (storage == INT4) return encode_integers<4>(x, survivors, values, scales);
     if (storage == INT3) return encode_integers<3>(x, survivors, values, scales);
     if (storage == INT2) return encode_integers<2>(x, survivors, values, scales);
+    if (storage == INT4_INT2) {
+        const int half = survivors / 2;
+        encode_integers<4>(x, half, values, scales);
+        return encode_integers<2>(x + half, half, values + half / 2, scales + 2);
+    }
     if (storage != FP8) return encode_row(storage, x, survivors, values);
     for (int i = 0; i < survivors; ++i) values[i] = float_to_fp8(x[i]);
 }

@@ -27,6 +27,7 @@ STORAGE = {
     "int4": 4,
     "int3": 5,
     "int2": 6,
+    "int4_int2": 7,
 }
 """How elements are stored: the model dtype or a codec's name; mirrored in ``codec.h``."""
 

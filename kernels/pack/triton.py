@@ -15,6 +15,9 @@ from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.kernels.triton import (
     AUTO,
     FP8,
+    INT2,
+    INT4,
+    INT4_INT2,
     encode_fp8,
     encode_int,
     int_scale,
@@ -96,7 +99,7 @@ def _pack(
     tile = slot // BLOCK_SIZE * block_stride + row % num_heads * head_stride
     tile = tl.where(slot >= 0, tile, 0)
     offset = (slot % BLOCK_SIZE).to(tl.int32)
-    source = row.to(tl.int64)[:, None] * D + tl.arange(0, PADDED)[None, :]
+    source = row.to(tl.int64) * D
     values = tile + BLOCK_SIZE * (K_BITMAP_BYTES + V_BITMAP_BYTES)
     scales = values + BLOCK_SIZE * (K_VALUE_BYTES + V_VALUE_BYTES)
     if tl.program_id(1) == 0:
@@ -140,9 +143,33 @@ def _pack_rows(
     SURVIVORS: tl.constexpr,
     CODEC: tl.constexpr,
 ):
-    """Prune and store vectors; source (ROWS, PADDED), the others (ROWS,) pointers."""
+    """Prune and store vectors, all (ROWS,) pointers but ``real``."""
+    if CODEC == INT4_INT2:
+        HALF: tl.constexpr = D // 2
+        WIDTH: tl.constexpr = PADDED // 2
+        _pack_band(source, real, bitmaps, values, scales, HALF, WIDTH, BITS, HALF, INT4)
+        source += HALF
+        values += D // 4
+        _pack_band(source, real, bitmaps, values, scales + 2, HALF, WIDTH, BITS, HALF, INT2)
+    else:
+        _pack_band(source, real, bitmaps, values, scales, D, PADDED, BITS, SURVIVORS, CODEC)
+
+
+@triton.jit
+def _pack_band(
+    source,
+    real,
+    bitmaps,
+    values,
+    scales,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    BITS: tl.constexpr,
+    SURVIVORS: tl.constexpr,
+    CODEC: tl.constexpr,
+):
     element = tl.arange(0, PADDED)[None, :]
-    x = tl.load(source, mask=real[:, None] & (element < D), other=0)
+    x = tl.load(source[:, None] + element, mask=real[:, None] & (element < D), other=0)
     integer: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
     bits = x.to(integer, bitcast=True)
     magnitude = bits.to(tl.int32) & ((1 << (BITS - 1)) - 1)

@@ -109,11 +109,12 @@ void run_batch(const Shape& shape) {
 int main() {
     int batches = 0;
     for (const int head_size : {16, 64, 80, 96, 128, 256})
-        for (const int storage : {-1, int(FP8), int(INT4), int(INT3), int(INT2)})
+        for (const int storage : {-1, int(FP8), int(INT4), int(INT3), int(INT2), int(INT4_INT2)})
             for (const int model : {int(FLOAT32), int(BFLOAT16), int(FLOAT16)}) {
+                if (storage == INT4_INT2 && head_size % 32) continue;
                 const int block_size = batches % 2 ? 16 : 64, window = batches % 3 ? 24 : 0;
                 const int stored = storage < 0 ? model : storage;
-                const int value_stored = batches % 4 ? stored : int(INT4);
+                const int value_stored = batches % 4 && storage != INT4_INT2 ? stored : int(INT4);
                 // One of `divisor` elements survives, or all of them.
                 const auto survivors = [&](int storage, int divisor) {
                     return storage >= INT3 ? head_size : (head_size / divisor + 3) / 4 * 4;

@@ -18,8 +18,9 @@ from helpers import (
     assert_same_bytes,
     build_case,
 )
-from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX, WHOLE_ONLY
+from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
+from vllm_sparsekv.codecs import CODECS
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
 from vllm_sparsekv.kernels.pack.triton import pack
 from vllm_sparsekv.kernels.window.triton import write_window
@@ -29,7 +30,7 @@ DEVICE = "cuda"
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX + INT3_MATRIX + INT2_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX, ids=str)
 def test_ragged_matrix(spec):
     case, reference = build_case(spec, TRITON, DEVICE), build_case(spec)
     assert_same_bytes(case.pages, reference.pages)
@@ -42,20 +43,20 @@ def test_ragged_matrix(spec):
 
 
 def cache_of(codec: str) -> dict[str, Any]:
-    """Keys and values of one codec, half of them pruned where it can be."""
-    sparsity = 0.0 if codec in WHOLE_ONLY else 0.5
+    """Keys of a codec, values of the same or of int3, half of them pruned where it can be."""
+    sparsity = 0.0 if CODECS[codec].whole_only else 0.5
     return {
         "key_sparsity": sparsity,
         "value_sparsity": sparsity,
         "key_dtype": codec,
-        "value_dtype": codec,
+        "value_dtype": "int3" if CODECS[codec].bands > 1 else codec,
     }
 
 
 LONG = tuple(Request(context, 1) for context in (0, 1, 8191, 12345, 30000, 63))
 
 
-@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("head_size", "group"), [(64, 3), (128, 4), (128, 8), (256, 2)])
 def test_long_histories(head_size, group, dtype, codec):
@@ -71,7 +72,7 @@ def test_long_histories(head_size, group, dtype, codec):
 
 
 @pytest.mark.parametrize("query_len", [1, 4])
-@pytest.mark.parametrize("codec", ["auto", "fp8", "int4", "int3", "int2"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_graph_replay_equals_eager(codec, query_len):
     """Captured with no history at all, as vLLM captures; replayed with ragged lengths."""
     spec = CaseSpec(

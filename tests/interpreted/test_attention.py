@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, build_case
-from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX
+from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
 from vllm_sparsekv.kernels.attention import triton as attention
 
@@ -31,7 +31,7 @@ def test_ragged_matrix(spec):
 
 @pytest.mark.parametrize(
     "spec",
-    [s for s in INT3_MATRIX + INT2_MATRIX if 0 < s.history_tokens <= MAX_HISTORY // 2],
+    [s for s in WHOLE_MATRIX if 0 < s.history_tokens <= MAX_HISTORY // 2],
     ids=str,
 )
 def test_ragged_matrix_of_few_bits(spec):
@@ -103,7 +103,16 @@ def test_whole_vectors_of_few_bits(monkeypatch, head_size, key_dtype, value_dtyp
     assert_attention(build_case(spec), TRITON, SLACK[spec.dtype] * (1.4 if rounded_codes else 1))
 
 
-@pytest.mark.parametrize("key_dtype", ["int4", "int3", "int2"])
+@pytest.mark.parametrize("capability", [0, 90])
+@pytest.mark.parametrize("value_dtype", ["int3", "fp8"])
+@pytest.mark.parametrize("head_size", [32, 96, 128, 160])
+def test_keys_of_two_bands(monkeypatch, head_size, value_dtype, capability):
+    """Halves of 48 and 80 fill no power of two."""
+    monkeypatch.setattr(attention, "capability", lambda device: capability)
+    matches(mixed(head_size, (0.0, 0.0), ("int4_int2", value_dtype)))
+
+
+@pytest.mark.parametrize("key_dtype", ["int4", "int3", "int2", "int4_int2"])
 def test_queries_near_the_end_of_float16(key_dtype):
     spec = CaseSpec(
         (Request(40, 1),),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import REFERENCE, assert_same_bytes, build_case
-from ragged import INT2_MATRIX, INT3_MATRIX, RAGGED_MATRIX
+from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
 from vllm_sparsekv.config import SparseKVConfig
 from vllm_sparsekv.format import SparseFormat
@@ -71,6 +71,17 @@ def test_awkward_whole_vectors_of_few_bits(codec, size, dtype):
     assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [32, 64, 96, 128])
+def test_awkward_keys_of_two_bands(size, dtype):
+    config = SparseKVConfig(0.0, 0.0, "int4_int2", "int3", 0, basis="any")
+    fmt = SparseFormat.from_config(config, size, dtype)
+    x = awkward_vectors(size, dtype)
+    x[14, :, size // 2 :] /= 64
+    x[15, 0, 0], x[16, 0, -1] = torch.inf, torch.nan
+    assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
+
+
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinities_and_nans_survive_alike(dtype, codec):
@@ -92,7 +103,7 @@ def test_infinities_and_nans_survive_alike(dtype, codec):
 
 @pytest.mark.parametrize(
     "spec",
-    [s for s in RAGGED_MATRIX + INT3_MATRIX + INT2_MATRIX if s.history_tokens <= 70],
+    [s for s in RAGGED_MATRIX + WHOLE_MATRIX if s.history_tokens <= 70],
     ids=str,
 )
 def test_ragged_matrix(spec):
