@@ -27,7 +27,7 @@ def load_halves(query, real, D: tl.constexpr, PADDED: tl.constexpr):
 def second_query(q, K: tl.constexpr, K2: tl.constexpr, WORDS: tl.constexpr):
     """Columns of q (ROWS, PADDED // 2) and what the zeros of keys count with, in units of ``K``."""
     if WORDS > 0:
-        q *= code_step(K2[0]) / code_step(K[0])
+        q = (q * (code_step(K2[0]) / code_step(K[0]))).to(q.dtype)
         query_sum = tl.sum(q.to(tl.float32), axis=1) * code_zero(K2[0])
         return tl.trans(decoded_query(q, K2[0])), query_sum
     else:
