@@ -40,6 +40,7 @@ FORMATS = {
     "int4/int3": (0.0, 0.0, "int4", "int3"),
     "int3": (0.0, 0.0, "int3", "int3"),
     "int3/int2": (0.0, 0.0, "int3", "int2"),
+    "int4_int2/int3": (0.0, 0.0, "int4_int2", "int3"),
 }
 """Sparsity of keys and of values, their codecs."""
 HEADS = {64: (3, 3), 128: (2, 4)}  # head_size: KV heads, query heads per KV head
@@ -142,7 +143,7 @@ def dense(shape: Shape) -> Callable[[], None]:
 
 
 def format_of(shape: Shape, chosen: tuple[float, float, str, str]) -> SparseFormat:
-    config = SparseKVConfig(*chosen, window=WINDOW)
+    config = SparseKVConfig(*chosen, WINDOW, "any" if chosen[2] == "int4_int2" else None)
     return SparseFormat.from_config(config, shape.head_size, shape.dtype)
 
 
