@@ -107,6 +107,10 @@ def dense(shape: Shape) -> Callable[[], None]:
     sample = torch.randn(8, shape.kv_heads, 2 * BLOCK_SIZE, size).to(shape.dtype)
     cache = tiled(sample, shape.batch * shape.blocks + 1)
     key_cache, value_cache = cache.chunk(2, dim=2)
+    isa = _get_attn_isa(shape.dtype, BLOCK_SIZE, size)
+    if isa == "amx":
+        # An engine's first matrix product asks the system for the tile registers; here nobody has.
+        torch.cpu._init_amx()
     metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
         num_reqs=shape.batch,
         num_heads=shape.heads,
@@ -117,7 +121,7 @@ def dense(shape: Shape) -> Callable[[], None]:
         query_start_loc=step["query_start_loc"],
         causal=True,
         sliding_window_size=-1,
-        isa=_get_attn_isa(shape.dtype, BLOCK_SIZE, size),
+        isa=isa,
         enable_kv_split=True,
     )
 

@@ -85,7 +85,8 @@ def test_rows_of_calibrated_presets(basis):
         build_methods(SIZE, torch.bfloat16),
         build_methods(SIZE, torch.bfloat16, basis=basis),
     )
-    others = ("balanced-window-112", "int4_int2-int3", "int4_int2-int2", "pruned")
+    bands = ("int4_int2-int3", "int4_int2-int3-window-160", "int4_int2-int2")
+    others = ("balanced-window-112", *bands, "pruned")
     added = {f"sparsekv-{name}-calibrated" for name in (*PRESETS, *others)}
     assert methods.keys() - plain.keys() == added
     # Keys: 8 bytes of bitmap, 16 of codes and 2 of scale; values: 24 and 2.

@@ -202,7 +202,8 @@ def build_methods(
         for name, settings in (
             *((name, {"preset": name}) for name in PRESETS),
             ("balanced-window-112", {"preset": "balanced", "window": 112}),
-            ("int4_int2-int3", {"key_dtype": "int4_int2", "value_dtype": "int3"}),
+            ("int4_int2-int3", {"key_dtype": "int4_int2"}),
+            ("int4_int2-int3-window-160", {"key_dtype": "int4_int2", "window": 160}),
             ("int4_int2-int2", {"key_dtype": "int4_int2", "value_dtype": "int2"}),
             ("pruned", {"key_sparsity": 0.5, "key_dtype": "int4", "value_dtype": "int3"}),
         )
