@@ -76,7 +76,7 @@ def test_bad_dtype(field, value):
 def test_two_bands_are_for_keys_in_a_calibrated_basis():
     wanted = f"sparsekv.value_dtype='int4_int2': must be one of {DTYPES['value_dtype']}"
     assert refusal({"value_dtype": "int4_int2", "basis": "b"}) == wanted
-    wanted = "sparsekv.basis=None: must be a file's path with key_dtype='int4_int2'"
+    wanted = "sparsekv.basis=None: must be a file of sparsekv-calibrate with key_dtype='int4_int2'"
     assert refusal({"key_dtype": "int4_int2"}) == wanted
     assert SparseKVConfig(key_dtype="int4_int2", basis="b").key_sparsity == 0
 
