@@ -95,7 +95,9 @@ class SparseKVConfig:
                 expected = "None with key_dtype={!r}, value_dtype={!r}: only integers change basis"
                 raise _invalid("basis", self.basis, expected.format(*dtypes))
         elif CODECS[self.key_dtype].bands > 1:
-            raise _invalid("basis", None, f"a file of sparsekv-calibrate with key_dtype={self.key_dtype!r}")
+            raise _invalid(
+                "basis", None, f"a file of sparsekv-calibrate with key_dtype={self.key_dtype!r}"
+            )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> SparseKVConfig:
