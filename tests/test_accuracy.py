@@ -346,6 +346,11 @@ def test_results_survive_and_resume(tmp_path):
         Results(path)
 
 
+def test_undominated_points():
+    points = [(64, 1.0), (56, 3.0), (56, 2.0), (50, 2.5), (72, 1.5)]
+    assert pareto._undominated(points) == [(50, 2.5), (56, 2.0), (64, 1.0)]
+
+
 def test_pareto_rows_and_picture(tmp_path, capsys):
     path = tmp_path / "accuracy.json"
     results = Results(path)

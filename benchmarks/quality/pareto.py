@@ -98,13 +98,13 @@ def write(path: Path, methods: dict[str, Method], head_size: int, dtype: torch.d
 
 
 def draw(table: list[dict[str, object]], path: Path) -> None:
-    """Perplexity ratio and KL over bytes; ours joined by a line, one marker per sample length."""
+    """Perplexity ratio and KL over bytes, a marker per sample length; our best joined by a line."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5))
+    figure, axes = pyplot.subplots(1, 2, figsize=(15, 5))
     lengths = sorted({row["length"] for row in table})
     rivals = sorted({row["method"] for row in table if not _is_ours(row)})
     for axis, metric, title in zip(
@@ -112,13 +112,17 @@ def draw(table: list[dict[str, object]], path: Path) -> None:
     ):
         for length, marker in zip(lengths, "os^D*v" * len(lengths), strict=False):
             ours = [row for row in table if row["length"] == length and _is_ours(row)]
-            for calibrated, line, kind in ((False, "-", "presets"), (True, "--", "calibrated")):
-                points = [row for row in ours if row["method"].endswith(CALIBRATED) == calibrated]
-                x = [row["bytes_per_token_and_head"] for row in points]
-                y = [row[metric] for row in points]
+            for calibrated, line, kind in ((False, ":", "presets"), (True, "-", "calibrated")):
+                points = [
+                    (row["bytes_per_token_and_head"], row[metric])
+                    for row in ours
+                    if row["method"].endswith(CALIBRATED) == calibrated
+                ]
                 if points:
                     label = f"sparsekv {kind}, {length} tokens"
-                    axis.plot(x, y, f"k{marker}{line}", label=label)
+                    fill = "full" if calibrated else "none"
+                    axis.plot(*zip(*points, strict=True), f"k{marker}", fillstyle=fill, label=label)
+                    axis.plot(*zip(*_undominated(points), strict=True), f"k{line}")
             for row in table:
                 if row["length"] == length and not _is_ours(row):
                     color = pyplot.cm.tab20(rivals.index(row["method"]))
@@ -126,14 +130,28 @@ def draw(table: list[dict[str, object]], path: Path) -> None:
                     beyond = f" ({row[metric]:.2f})" if shown < row[metric] else ""
                     point = (row["bytes_per_token_and_head"], shown)
                     axis.plot(*point, marker, color=color, label=f"{row['method']}{beyond}")
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("{x:g}")
         axis.set_xlabel("bytes per token and KV head, window included")
         axis.set_ylabel(title)
         axis.grid(alpha=0.3)
     axes[1].set_yscale("log")
-    axes[0].legend(fontsize=7)
+    axes[1].legend(
+        *axes[0].get_legend_handles_labels(), fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5)
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _undominated(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those that no other beats in both coordinates, by the first one."""
+    best: list[tuple[float, float]] = []
+    for point in sorted(points):
+        if not best or point[1] < best[-1][1]:
+            best.append(point)
+    return best
 
 
 def _is_ours(row: dict[str, object]) -> bool:
