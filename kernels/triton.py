@@ -1,4 +1,4 @@
-"""Device functions that several Triton kernels share: request search and the codecs."""
+"""What several Triton kernels share: where vectors lie in a page, request search, the codecs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import triton
 import triton.language as tl
 
 from vllm_sparsekv.codecs import Int2Codec, Int3Codec, Int4Codec
-from vllm_sparsekv.format import VectorFormat
+from vllm_sparsekv.format import SparseFormat
 
 AUTO = tl.constexpr(0)
 FP8 = tl.constexpr(1)
 INT4 = tl.constexpr(2)
 INT3 = tl.constexpr(3)
 INT2 = tl.constexpr(4)
-INT4_INT2 = tl.constexpr(5)
-CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2, "int3": 3, "int2": 4, "int4_int2": 5}
-"""Integer codecs from INT4 on, INT4 to INT2 of 6 - id bits; INT4_INT2 is INT4, then INT2."""
+CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2, "int3": 3, "int2": 4}
+"""Integer codecs from INT4 on, of 6 - id bits; two bands are two vectors, see :func:`vectors`."""
 
 _STEPS4 = tl.constexpr(float(Int4Codec.steps))
 _STEPS3 = tl.constexpr(float(Int3Codec.steps))
@@ -25,14 +24,33 @@ _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding, then subtracting it rounds |x| < 2**22 to an integer, ties to even."""
 
 
-def vector_constants(name: str, fmt: VectorFormat) -> dict[str, int]:
-    """Compile-time constants of the vectors ``name``, ``K`` or ``V``, by kernel parameter."""
-    return {
-        f"{name}_CODEC": CODEC_IDS[fmt.codec.name],
-        f"{name}_BITMAP_BYTES": fmt.bitmap_bytes,
-        f"{name}_VALUE_BYTES": fmt.value_bytes,
-        f"{name}_SCALE_BYTES": fmt.scale_bytes,
-    }
+def vectors(fmt: SparseFormat, block_size: int) -> dict[str, tuple[int, ...] | None]:
+    """Codec of keys ``K`` and values ``V``, then start and width of bitmaps, values and scales.
+
+    Starts are those of the sections in a page, widths those of one token, all in bytes; last comes
+    the number of elements. Keys of two bands are two vectors, ``K`` and ``K2``, else None.
+    """
+    starts = [0]
+    for width in ("bitmap_bytes", "value_bytes", "scale_bytes"):
+        for part in (fmt.key, fmt.value):
+            starts.append(starts[-1] + block_size * getattr(part, width))
+    key, value = (
+        (
+            *(starts[first], part.bitmap_bytes),
+            *(starts[first + 2], part.value_bytes),
+            *(starts[first + 4], part.scale_bytes),
+            part.head_size,
+        )
+        for first, part in enumerate((fmt.key, fmt.value))
+    )
+    value = CODEC_IDS[fmt.value.codec.name], *value
+    if fmt.key.codec.bands == 1:
+        return {"K": (CODEC_IDS[fmt.key.codec.name], *key), "K2": None, "V": value}
+    *bitmaps, values, pitch, scales, scale_pitch, size = key
+    first = CODEC_IDS["int4"], *bitmaps, values, pitch, scales, scale_pitch, size // 2
+    values, scales = values + size // 4, scales + 2
+    second = CODEC_IDS["int2"], *bitmaps, values, pitch, scales, scale_pitch, size // 2
+    return {"K": first, "K2": second, "V": value}
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.kernels.attention.parts import parts
-from vllm_sparsekv.kernels.triton import CODEC_IDS
+from vllm_sparsekv.kernels.triton import vectors
 
 MIN_TILES = tl.constexpr(4)
 """History tiles that make a split worth its merge."""
@@ -149,35 +149,6 @@ def attend_constants(
         "WORDS": target if words else 0,
         "STAGES": 1,
     }
-
-
-def vectors(fmt: SparseFormat, block_size: int) -> dict[str, tuple[int, ...] | None]:
-    """Codec of keys ``K`` and values ``V``, then start and width of bitmaps, values and scales.
-
-    Starts are those of the sections in a page, widths those of one token, all in bytes; last comes
-    the number of elements. Keys of two bands are two vectors, ``K`` and ``K2``, else None.
-    """
-    starts = [0]
-    for width in ("bitmap_bytes", "value_bytes", "scale_bytes"):
-        for part in (fmt.key, fmt.value):
-            starts.append(starts[-1] + block_size * getattr(part, width))
-    key, value = (
-        (
-            CODEC_IDS[part.codec.name],
-            *(starts[first], part.bitmap_bytes),
-            *(starts[first + 2], part.value_bytes),
-            *(starts[first + 4], part.scale_bytes),
-            part.head_size,
-        )
-        for first, part in enumerate((fmt.key, fmt.value))
-    )
-    if fmt.key.codec.bands == 1:
-        return {"K": key, "K2": None, "V": value}
-    _, *bitmaps, values, pitch, scales, scale_pitch, size = key
-    first = CODEC_IDS["int4"], *bitmaps, values, pitch, scales, scale_pitch, size // 2
-    values, scales = values + size // 4, scales + 2
-    second = CODEC_IDS["int2"], *bitmaps, values, pitch, scales, scale_pitch, size // 2
-    return {"K": first, "K2": second, "V": value}
 
 
 def attend_options(fmt: SparseFormat, launch: Launch, target: int) -> dict[str, int]:

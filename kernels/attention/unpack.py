@@ -95,7 +95,7 @@ def unpack_tile(
         offset: (TILE,) int32, places of the tokens in their blocks.
         step, zero: of :func:`load_scale`; of other codecs anything.
         visible: (TILE,) bool, the others read as zeros; or None, which makes all visible.
-        VECTORS: as of ``launch.vectors``.
+        VECTORS: as of ``vectors`` in :mod:`vllm_sparsekv.kernels.triton`.
         WORDS: the target, to unpack with inline PTX; 0 for :func:`unpack_elements`.
     """
     CONVERTS_FP8: tl.constexpr = WORDS >= 89

@@ -7,6 +7,8 @@ it the first ones, as many as are missing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,13 +17,10 @@ from vllm_sparsekv.format import SparseFormat
 from vllm_sparsekv.kernels.triton import (
     AUTO,
     FP8,
-    INT2,
-    INT4,
-    INT4_INT2,
     encode_fp8,
     encode_int,
     int_scale,
-    vector_constants,
+    vectors,
 )
 
 ROWS = 16
@@ -52,18 +51,16 @@ def pack(
     )
 
 
-def pack_constants(fmt: SparseFormat, block_size: int) -> dict[str, int]:
+def pack_constants(fmt: SparseFormat, block_size: int) -> dict[str, Any]:
     """Compile-time constants of the pack kernel."""
     return {
         "BLOCK_SIZE": block_size,
         "D": fmt.head_size,
-        "PADDED": triton.next_power_of_2(fmt.head_size),
         "BITS": fmt.dtype.itemsize * 8,
         "ROWS": ROWS,
         "K_SURVIVORS": fmt.key.survivors,
         "V_SURVIVORS": fmt.value.survivors,
-        **vector_constants("K", fmt.key),
-        **vector_constants("V", fmt.value),
+        **vectors(fmt, block_size),
     }
 
 
@@ -79,95 +76,54 @@ def _pack(
     head_stride,
     BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr,
-    PADDED: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     K_SURVIVORS: tl.constexpr,
-    K_CODEC: tl.constexpr,
     V_SURVIVORS: tl.constexpr,
-    V_CODEC: tl.constexpr,
-    K_BITMAP_BYTES: tl.constexpr,
-    V_BITMAP_BYTES: tl.constexpr,
-    K_VALUE_BYTES: tl.constexpr,
-    V_VALUE_BYTES: tl.constexpr,
-    K_SCALE_BYTES: tl.constexpr,
-    V_SCALE_BYTES: tl.constexpr,
+    K: tl.constexpr,
+    K2: tl.constexpr,
+    V: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token = row // num_heads
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
     tile = slot // BLOCK_SIZE * block_stride + row % num_heads * head_stride
-    tile = tl.where(slot >= 0, tile, 0)
+    page = pages + tl.where(slot >= 0, tile, 0)
     offset = (slot % BLOCK_SIZE).to(tl.int32)
     source = row.to(tl.int64) * D
-    values = tile + BLOCK_SIZE * (K_BITMAP_BYTES + V_BITMAP_BYTES)
-    scales = values + BLOCK_SIZE * (K_VALUE_BYTES + V_VALUE_BYTES)
     if tl.program_id(1) == 0:
-        _pack_rows(
-            key + source,
-            slot >= 0,
-            pages + tile + offset * K_BITMAP_BYTES,
-            pages + values + offset * K_VALUE_BYTES,
-            pages + scales + offset * K_SCALE_BYTES,
-            D,
-            PADDED,
-            BITS,
-            K_SURVIVORS,
-            K_CODEC,
-        )
+        _pack_rows(key + source, slot >= 0, page, offset, K, BITS, K_SURVIVORS)
+        if K2 is not None:
+            _pack_rows(key + source + K[7], slot >= 0, page, offset, K2, BITS, K_SURVIVORS)
     else:
-        _pack_rows(
-            value + source,
-            slot >= 0,
-            pages + tile + BLOCK_SIZE * K_BITMAP_BYTES + offset * V_BITMAP_BYTES,
-            pages + values + BLOCK_SIZE * K_VALUE_BYTES + offset * V_VALUE_BYTES,
-            pages + scales + BLOCK_SIZE * K_SCALE_BYTES + offset * V_SCALE_BYTES,
-            D,
-            PADDED,
-            BITS,
-            V_SURVIVORS,
-            V_CODEC,
-        )
+        _pack_rows(value + source, slot >= 0, page, offset, V, BITS, V_SURVIVORS)
 
 
 @triton.jit
 def _pack_rows(
     source,
     real,
-    bitmaps,
-    values,
-    scales,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
+    page,
+    offset,
+    VECTORS: tl.constexpr,
     BITS: tl.constexpr,
     SURVIVORS: tl.constexpr,
-    CODEC: tl.constexpr,
 ):
-    """Prune and store vectors, all (ROWS,) pointers but ``real``."""
-    if CODEC == INT4_INT2:
-        HALF: tl.constexpr = D // 2
-        WIDTH: tl.constexpr = PADDED // 2
-        _pack_band(source, real, bitmaps, values, scales, HALF, WIDTH, BITS, HALF, INT4)
-        source += HALF
-        values += D // 4
-        _pack_band(source, real, bitmaps, values, scales + 2, HALF, WIDTH, BITS, HALF, INT2)
-    else:
-        _pack_band(source, real, bitmaps, values, scales, D, PADDED, BITS, SURVIVORS, CODEC)
+    """Prune and store vectors.
 
-
-@triton.jit
-def _pack_band(
-    source,
-    real,
-    bitmaps,
-    values,
-    scales,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    BITS: tl.constexpr,
-    SURVIVORS: tl.constexpr,
-    CODEC: tl.constexpr,
-):
+    Args:
+        source: (ROWS,) pointers to the vectors.
+        real: (ROWS,) bool, the others are not stored.
+        page: (ROWS,) pointers to uint8, the tile of the KV head in a block.
+        offset: (ROWS,) int32, places of the tokens in their blocks.
+        VECTORS: as of :func:`vectors`.
+        SURVIVORS: elements kept, of vectors with a bitmap; all are kept of others.
+    """
+    CODEC: tl.constexpr = VECTORS[0]
+    BITMAP_BYTES: tl.constexpr = VECTORS[2]
+    D: tl.constexpr = VECTORS[7]
+    PADDED: tl.constexpr = triton.next_power_of_2(D)
+    values = page + (VECTORS[3] + offset * VECTORS[4])
     element = tl.arange(0, PADDED)[None, :]
     x = tl.load(source[:, None] + element, mask=real[:, None] & (element < D), other=0)
     integer: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
@@ -175,7 +131,7 @@ def _pack_band(
     magnitude = bits.to(tl.int32) & ((1 << (BITS - 1)) - 1)
     bits = tl.where(magnitude == 0, 0, bits).to(integer)
     magnitude = tl.where(element < D, magnitude, -1)
-    if SURVIVORS == D:
+    if BITMAP_BYTES == 0:
         survives = magnitude >= 0
         rank = tl.broadcast_to(element, magnitude.shape)
     else:
@@ -184,6 +140,7 @@ def _pack_band(
         byte = tl.arange(0, PADDED // 8)[None, :]
         in_byte = survives.to(tl.int32).reshape(survives.shape[0], PADDED // 8, 8)
         bitmap = tl.sum(in_byte << tl.arange(0, 8)[None, None, :], axis=2)
+        bitmaps = page + (VECTORS[1] + offset * BITMAP_BYTES)
         tl.store(bitmaps[:, None] + byte, bitmap.to(tl.uint8), mask=real[:, None] & (byte < D // 8))
 
     stored = survives & real[:, None]
@@ -197,11 +154,12 @@ def _pack_band(
         CODE_BITS: tl.constexpr = 6 - CODEC
         step, zero = int_scale(x, survives, CODE_BITS)
         code = encode_int(x, step[:, None], zero[:, None], CODE_BITS)
-        if SURVIVORS == D:
+        if BITMAP_BYTES == 0:
             _store_all(values, code, real, D, PADDED, CODE_BITS)
         else:
             _store_nibbles(values, code, survives, rank, real, SURVIVORS)
         scale = (step << 1 | zero).to(tl.uint16)
+        scales = page + (VECTORS[5] + offset * VECTORS[6])
         tl.store(scales.to(tl.pointer_type(tl.uint16)), scale, mask=real)
 
 
