@@ -223,7 +223,7 @@ def build_methods(
 
     mustafar = {
         f"mustafar-{percent}": sparse(
-            SparseKVConfig(percent / 100, percent / 100, "auto", "auto", 32), head_size, dtype
+            SparseKVConfig(percent / 100, percent / 100, "auto", "auto", WINDOW), head_size, dtype
         )
         for percent in (50, 70)
     }

@@ -13,7 +13,8 @@ from typing import Protocol
 import torch
 
 WINDOW = 32
-"""The last queries that ThinK looks at; tokens of a group that is pruned channel by channel."""
+"""Tokens: the dense window of Mustafar and ThinK, the last queries that ThinK looks at, and a group
+that is pruned channel by channel."""
 
 
 class Policy(Protocol):

@@ -71,14 +71,14 @@ class Batch {
 
     // What was collected: dense rows, or pruned vectors.
     int storage(bool dense) const {
-        if (dense || has_nan_ || layout_.storage == INT4_INT2 || (whole_ && layout_.storage == FLOAT32)) return DENSE;
+        if (holds_rows(dense) || has_nan_ || (whole_ && layout_.storage == FLOAT32)) return DENSE;
         const int storage = layout_.storage == FP8 ? int(BFLOAT16) : layout_.storage;
         return whole_ ? storage + WHOLE : storage;
     }
 
     Vectors vectors(bool dense, int n) {
         const int64_t row = int64_t(head_size_) * sizeof(float);
-        if (dense || layout_.storage == INT4_INT2) return {values_, bitmap_, row, ones_, zeros_};
+        if (holds_rows(dense)) return {values_, bitmap_, row, ones_, zeros_};
         if (!has_nan_) return {place_.values, place_.bitmap, stride(), units_, zeros_};
         // Element by element: a NaN unit would spoil the zeros of pruned elements.
         for (int i = 0; i < n; ++i) {
@@ -93,6 +93,9 @@ class Batch {
     }
 
   private:
+    // Whether float32 rows were collected.
+    bool holds_rows(bool dense) const { return dense || layout_.storage == INT4_INT2; }
+
     // Whether survivors take more bytes here than in their page.
     bool is_spread() const { return layout_.storage == FP8 || (layout_.storage == INT4 && !whole_); }
     int stride() const { return is_spread() ? 2 * layout_.value_bytes() : layout_.value_bytes(); }
@@ -100,9 +103,10 @@ class Batch {
     void add_bands(const uint8_t* source, const uint8_t* scales, int count, int n) {
         const int half = head_size_ / 2;
         float* out = reinterpret_cast<float*>(values_) + n * head_size_;
-        for (int i = 0; i < count; ++i, source += layout_.value_bytes(), scales += 4, out += head_size_) {
+        for (int i = 0; i < count; ++i, source += layout_.value_bytes(), out += head_size_) {
             expand_codes<4>(source, IntScale::read(scales), half, out);
             expand_codes<2>(source + half / 2, IntScale::read(scales + 2), half, out + half);
+            scales += scale_bytes(INT4_INT2);
         }
     }
 
