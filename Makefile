@@ -77,7 +77,7 @@ bench-accuracy: $(SETUP) $(BASIS)
 # Calibrated on the tuning texts, never on those the results are quoted on.
 $(BASIS): | $(SETUP) $(MODEL)/config.json
 	$(BIN)/python benchmarks/texts/fetch.py .cache/texts
-	$(BIN)/python -m vllm_sparsekv.calibrate $(MODEL) \
+	$(BIN)/python -m vllm_sparsekv.calibration $(MODEL) \
 		--text $(TUNING:%=.cache/texts/%.txt) --tokens 65536 --output $@
 
 # The GPU targets use the torch and triton of $(PYTHON), not .venv; vLLM only where it is installed.

@@ -24,9 +24,9 @@ from common import interleaved, machine, summary
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels import api
+from vllm_sparsekv.settings import SparseKVConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK_SIZE = 64

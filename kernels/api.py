@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.attention import reference as attention_reference
 from vllm_sparsekv.kernels.cpu.build import BuildError
 from vllm_sparsekv.kernels.pack import reference as pack_reference

@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_sparsekv.codecs import Int2Codec, Int3Codec, Int4Codec
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.codecs import Int2Codec, Int3Codec, Int4Codec
+from vllm_sparsekv.format.layout import SparseFormat
 
 AUTO = tl.constexpr(0)
 FP8 = tl.constexpr(1)

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from oracle import as_read, dense_attention
 
-from vllm_sparsekv.codecs import CODECS
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.codecs import CODECS
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.attention import reference as attention_reference
 from vllm_sparsekv.kernels.pack import reference as pack_reference
 from vllm_sparsekv.kernels.window import reference as window_reference
+from vllm_sparsekv.settings import SparseKVConfig
 
 UNWRITTEN = 12345.0
 """What ``out`` holds before attention runs; exact in fp32, far from any answer in every dtype."""

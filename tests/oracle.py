@@ -1,14 +1,14 @@
 """Dense float64 attention over explicitly pruned vectors: what every implementation must compute.
 
 Nothing here uses the packed format; pruning and quantisation are spelled out again from their
-definitions in ``vllm_sparsekv/codecs.py`` and ``kernels/pack/reference.py``.
+definitions in ``vllm_sparsekv/format/codecs.py`` and ``kernels/pack/reference.py``.
 """
 
 from __future__ import annotations
 
 import torch
 
-from vllm_sparsekv.format import VectorFormat
+from vllm_sparsekv.format.layout import VectorFormat
 
 
 def largest(x: torch.Tensor, survivors: int) -> torch.Tensor:

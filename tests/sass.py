@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.attention import triton as attention
 from vllm_sparsekv.kernels.attention.launch import Launch, attend_constants, attend_options
 

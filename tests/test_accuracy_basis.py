@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_sparsekv.basis import LayerMatrices
-from vllm_sparsekv.basis_file import write_basis
-from vllm_sparsekv.config import PRESETS, SparseKVConfig
+from vllm_sparsekv.format.basis import LayerMatrices
+from vllm_sparsekv.format.basis_file import write_basis
+from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

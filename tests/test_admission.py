@@ -17,11 +17,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vllm_sparsekv import plugin
-from vllm_sparsekv.backend import SparseKVBackend, SparseKVImpl, describe
-from vllm_sparsekv.basis import LayerMatrices
-from vllm_sparsekv.basis_file import write_basis
-from vllm_sparsekv.vllm_compat import check_version
+from vllm_sparsekv.engine import plugin
+from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVImpl, describe
+from vllm_sparsekv.engine.compat import check_version
+from vllm_sparsekv.format.basis import LayerMatrices
+from vllm_sparsekv.format.basis_file import write_basis
 
 LLAMA = json.loads((MODEL / "config.json").read_text())
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_sparsekv.codecs import CODECS
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.codecs import CODECS
+from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.settings import SparseKVConfig
 
 pytest.importorskip("triton", reason="needs the triton package")
 try:

@@ -67,36 +67,44 @@ def import_without(modules: list[str], blocked: list[str], cwd: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def ours(path: Path) -> set[str]:
+    """Modules of this package that a file imports; ``from module import name`` counts once."""
+    modules = {module_name(source) for source in SOURCES} | set(ROOTS)
+    return imported_modules(path) & modules
+
+
+def room(name: str) -> str:
+    """``vllm_sparsekv.format.layout`` is in ``format``, a module at the top in its own."""
+    return name.split(".")[1] if "." in name else ""
+
+
 def test_the_scan_sees_both_packages():
     names = {module_name(path) for path in SOURCES}
-    assert {"vllm_sparsekv.vllm_compat", "vllm_sparsekv.kernels.pack.reference"} <= names
+    assert {"vllm_sparsekv.engine.compat", "vllm_sparsekv.kernels.pack.reference"} <= names
 
 
 def test_only_the_compat_module_imports_vllm():
-    assert [path.name for path in SOURCES if "vllm" in top_levels(path)] == ["vllm_compat.py"]
+    assert [path for path in SOURCES if "vllm" in top_levels(path)] == [
+        PACKAGE / "engine" / "compat.py"
+    ]
 
 
-def test_kernels_and_format_know_only_the_format():
-    """They depend on nothing of this package but each other, format, config and codecs."""
-    allowed = {
-        "vllm_sparsekv",
-        "vllm_sparsekv.codecs",
-        "vllm_sparsekv.config",
-        "vllm_sparsekv.format",
-    }
-    plain = [PACKAGE / f"{name}.py" for name in ("codecs", "config", "format")]
-    for path in [*plain, *(path for path in SOURCES if path.is_relative_to(KERNELS))]:
-        ours = {name for name in imported_modules(path) if name.startswith("vllm_sparsekv")}
-        other = {
-            name
-            for name in ours
-            if not name.startswith("vllm_sparsekv.kernels")
-            and name not in allowed
-            and name.rpartition(".")[0] not in allowed - {"vllm_sparsekv"}
-        }
-        assert not other, f"{path.name} imports {sorted(other)}"
-        if path in plain:
-            assert not any("kernels" in name for name in ours), f"{path.name} imports kernels"
+MAY_IMPORT = {
+    "": set(),
+    "settings": {"format"},
+    "format": {"settings"},
+    "kernels": {"format"},
+    "calibration": {"format", "settings"},
+    "engine": {"format", "settings", "kernels", "calibration"},
+}
+"""Rooms of the package, and which others each may know."""
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_rooms_know_only_what_they_may(path):
+    own = room(module_name(path))
+    others = {room(name) for name in ours(path)} - {own, ""}
+    assert others <= MAY_IMPORT[own], f"{path.name} in {own or 'the top'} imports {others}"
 
 
 def test_references_and_api_import_without_vllm_and_triton(tmp_path):
@@ -104,9 +112,9 @@ def test_references_and_api_import_without_vllm_and_triton(tmp_path):
     assert len(references) >= 3
     import_without(
         [
-            "vllm_sparsekv.codecs",
-            "vllm_sparsekv.config",
-            "vllm_sparsekv.format",
+            "vllm_sparsekv.format.codecs",
+            "vllm_sparsekv.settings",
+            "vllm_sparsekv.format.layout",
             *references,
             "vllm_sparsekv.kernels.api",
         ],
@@ -121,9 +129,9 @@ def test_every_kernel_module_imports_without_vllm(tmp_path):
 
 
 def test_calibration_imports_without_vllm(tmp_path):
-    import_without(["vllm_sparsekv.calibrate"], ["vllm"], tmp_path)
+    import_without(["vllm_sparsekv.calibration.__main__"], ["vllm"], tmp_path)
 
 
 def test_the_blocker_blocks(tmp_path):
     with pytest.raises(AssertionError, match="vllm.version is not|vllm is not"):
-        import_without(["vllm_sparsekv.vllm_compat"], ["vllm"], tmp_path)
+        import_without(["vllm_sparsekv.engine.compat"], ["vllm"], tmp_path)

@@ -17,9 +17,9 @@ from vllm.distributed import (
 )
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_sparsekv.backend import SparseKVImpl, SparseKVMetadata
-from vllm_sparsekv.basis import Basis, LayerMatrices, change
-from vllm_sparsekv.basis_file import write_basis
+from vllm_sparsekv.engine.backend import SparseKVImpl, SparseKVMetadata
+from vllm_sparsekv.format.basis import Basis, LayerMatrices, change
+from vllm_sparsekv.format.basis_file import write_basis
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 
 LAYERS, HEADS, KV_HEADS, SIZE, TOKENS = 30, 9, 3, 64, 40

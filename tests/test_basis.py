@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_sparsekv.basis import Basis, LayerMatrices, _calibrated, change, rotation
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.basis import Basis, LayerMatrices, _calibrated, change, rotation
+from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.settings import SparseKVConfig
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -103,7 +103,7 @@ def test_a_full_cache_lasts_to_the_last_step():
 def test_every_preset_is_served():
     from serving import engines
 
-    from vllm_sparsekv.config import PRESETS
+    from vllm_sparsekv.settings import PRESETS
 
     names = set(engines())
     assert {f"sparse-{preset}" for preset in PRESETS} | {"dense", "dense-fp8"} <= names

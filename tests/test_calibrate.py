@@ -14,12 +14,15 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vllm_sparsekv import calibrate
-from vllm_sparsekv.basis import Basis, LayerMatrices, change, kv_heads_of_rank
-from vllm_sparsekv.basis_file import BasisFile, write_basis
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.calibration import balance as balancing
+from vllm_sparsekv.calibration.__main__ import main, parse
+from vllm_sparsekv.calibration.balance import balance, balanced_basis
+from vllm_sparsekv.calibration.moments import Moments, calibrate
+from vllm_sparsekv.format.basis import Basis, LayerMatrices, change, kv_heads_of_rank
+from vllm_sparsekv.format.basis_file import BasisFile, write_basis
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
+from vllm_sparsekv.settings import SparseKVConfig
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -42,12 +45,12 @@ def test_balance_of_diagonal_moments():
     key = torch.tensor([1.0, 16.0, 4.0], dtype=torch.float64)
     query = torch.tensor([16.0, 1.0, 4.0], dtype=torch.float64)
     expected = torch.diag(torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64))
-    assert (calibrate.balance(key.diag(), query.diag()) - expected).abs().max() < 1e-12
+    assert (balance(key.diag(), query.diag()) - expected).abs().max() < 1e-12
 
 
 def test_balance_makes_both_moments_the_same():
     key, query = moments(1), moments(2).flip(-1).flip(-2)
-    transform = calibrate.balance(key, query)
+    transform = balance(key, query)
     back = torch.linalg.inv(transform)
     balanced, other = transform @ key @ transform.mT, back.mT @ query @ back
     assert (balanced - other).abs().max() < 1e-6 * balanced.abs().max()
@@ -60,7 +63,7 @@ def test_balance_makes_both_moments_the_same():
 
 
 def test_balanced_basis_sorts_coordinates_and_is_well_conditioned():
-    matrices = calibrate.balanced_basis(moments(1), moments(2))
+    matrices = balanced_basis(moments(1), moments(2))
     inverse = torch.linalg.inv(matrices)
     keys = matrices.mT @ moments(1) @ matrices
     energy = keys.diagonal(dim1=-2, dim2=-1)
@@ -77,11 +80,11 @@ def test_condition_is_capped():
     """Keys 1e8 times as large in one coordinate: without ridge and cap T has condition 1e4."""
     key = torch.diag(torch.tensor([1e8] + [1.0] * 15, dtype=torch.float64)).unsqueeze(0)
     query = torch.diag(torch.tensor([1.0] * 15 + [1e8], dtype=torch.float64)).unsqueeze(0)
-    condition = torch.linalg.cond(calibrate.balanced_basis(key, query))
+    condition = torch.linalg.cond(balanced_basis(key, query))
     assert condition.item() == pytest.approx(40.0, rel=0.02)  # (1 / (RIDGE / 16)) ** (1 / 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibrate, "LARGEST_CONDITION", 4.0)
-        condition = torch.linalg.cond(calibrate.balanced_basis(key, query))
+        patch.setattr(balancing, "LARGEST_CONDITION", 4.0)
+        condition = torch.linalg.cond(balanced_basis(key, query))
     assert condition.item() == pytest.approx(4.0, rel=1e-6)
 
 
@@ -89,7 +92,7 @@ def test_condition_is_capped():
 def test_scores_are_unchanged(sparsity):
     config = SparseKVConfig(sparsity, 0.5, "int4", "int4")
     fmt = SparseFormat.from_config(config, SIZE, torch.float32)
-    matrices = calibrate.balanced_basis(moments(1), moments(2)).float()
+    matrices = balanced_basis(moments(1), moments(2)).float()
     basis = Basis.calibrated(fmt, LayerMatrices(key=matrices, value=matrices.flip(0)))
     assert basis.key.dtype == basis.query.dtype == torch.float32
     tokens = 30
@@ -114,7 +117,7 @@ def test_whole_vectors_are_spread_and_pruned_ones_are_not(sparsity, spread):
     fmt = SparseFormat.from_config(config, SIZE, torch.float32)
     x = vectors(HEADS, 4000, SIZE) * torch.logspace(0, 1, SIZE, dtype=torch.float64)
     moment = x.mT @ x / 4000
-    matrices = calibrate.balanced_basis(moment, moment)
+    matrices = balanced_basis(moment, moment)
     basis = Basis.calibrated(fmt, LayerMatrices(key=matrices, value=matrices))
     for matrix in (basis.key, basis.value):
         stored = change(x.transpose(0, 1).float(), matrix)
@@ -200,7 +203,7 @@ def test_observed_attention_is_the_model_itself(model_path):
     tokens = torch.arange(50).unsqueeze(0)
     with torch.inference_mode():
         expected = plain(tokens).logits
-        calibrate.calibrate(plain, tokens, context=50)
+        calibrate(plain, tokens, context=50)
         got = plain(tokens).logits
     assert (got - expected).abs().max() < 1e-5
 
@@ -215,13 +218,13 @@ def test_samples_are_spread_over_the_context(model_path):
 
     model.base_model.register_forward_pre_hook(record, with_kwargs=True)
     samples = torch.arange(16 * 20).view(16, 20) % 97
-    calibrate.calibrate(model, samples, context=2020)
+    calibrate(model, samples, context=2020)
     first = torch.stack([positions[0] for positions in seen]).sort().values
     assert all(torch.equal(x, x[0] + torch.arange(20)) for x in seen)
     assert 0 <= first[0] < 300 and 1700 < first[-1] <= 2000
     assert first.diff().max() < 300
     seen.clear()
-    calibrate.calibrate(model, samples, context=20)
+    calibrate(model, samples, context=20)
     assert all(positions[0] == 0 for positions in seen)
 
 
@@ -238,7 +241,7 @@ def test_far_keys_lose_no_more_than_near_ones(model_path):
     fmt = SparseFormat.from_config(SparseKVConfig(0.0, 0.0, "int3", "int3"), SIZE, torch.float32)
 
     def error(context: int, first: int) -> float:
-        layers = calibrate.calibrate(model, samples, context)
+        layers = calibrate(model, samples, context)
         heads = []
 
         def attention(module, query, key, value, mask, **kwargs):
@@ -269,7 +272,7 @@ def attention_layer(weight: torch.Tensor) -> torch.nn.Module:
 
 def test_moments_of_one_attention_layer():
     """Two queries of one head; the first sees one key, so only the second weighs the keys."""
-    observed = calibrate.Moments()
+    observed = Moments()
     layer = attention_layer(torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 4.0]]))
     key = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 2)
     query = torch.tensor([[3.0, 0.0], [1.0, 0.0]]).view(1, 1, 2, 2)
@@ -292,7 +295,7 @@ def test_moments_of_one_attention_layer():
 
 def test_output_moments_weigh_heads_by_their_own_attention():
     """Of a group's two heads one looks at one token, the other at all four alike."""
-    observed = calibrate.Moments()
+    observed = Moments()
     layer = attention_layer(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
     key = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]).view(1, 1, 4, 2)
     query = torch.zeros(1, 2, 4, 2)
@@ -309,7 +312,7 @@ def test_command(model_path, tmp_path, capsys):
     text, output = tmp_path / "words.txt", tmp_path / "basis.safetensors"
     text.write_text(" ".join(f"w{i * i % 97}" for i in range(130)))
     command = [str(model_path), "--text", str(text), "--output", str(output), "--device", "cpu"]
-    calibrate.main([*command, "--tokens", "129", "--length", "64"])
+    main([*command, "--tokens", "129", "--length", "64"])
     assert "2 layers, 128 tokens, condition " in capsys.readouterr().out
     file = BasisFile.open(output)
     assert (file.head_size, file.num_layers, file.num_kv_heads) == (SIZE, LAYERS, HEADS)
@@ -321,19 +324,19 @@ def test_command(model_path, tmp_path, capsys):
             assert torch.linalg.cond(matrices).min() > 1
             assert torch.linalg.cond(matrices).max() <= 100
     both = [str(model_path), "--text", str(text), str(text), "--output", str(output)]
-    calibrate.main([*both, "--device", "cpu", "--tokens", "256", "--length", "64"])
+    main([*both, "--device", "cpu", "--tokens", "256", "--length", "64"])
     assert "2 layers, 256 tokens, condition " in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"words.txt: 130 tokens, must be >= 16384 \(--tokens\)"):
-        calibrate.main(command)
+        main(command)
     with pytest.raises(SystemExit, match="error: "):
-        calibrate.main([str(tmp_path / "nothing"), "--text", str(text)])
+        main([str(tmp_path / "nothing"), "--text", str(text)])
     for context in ("63", "2049"):
         wanted = rf"--context {context}: must be >= 64 \(--length\) and <= 2048"
         with pytest.raises(SystemExit, match=wanted):
-            calibrate.main([*command, "--tokens", "128", "--length", "64", "--context", context])
+            main([*command, "--tokens", "128", "--length", "64", "--context", context])
     with pytest.raises(SystemExit):
-        calibrate.main([*command, "--length", "1"])
+        main([*command, "--length", "1"])
     assert "--length 1: must be > 1 and <= 16384, a text's --tokens" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        calibrate.parse([str(model_path), "--text", str(text), "--output", "no/basis"])
+        parse([str(model_path), "--text", str(text), "--output", "no/basis"])
     assert "--output no/basis: there is no folder no" in capsys.readouterr().err

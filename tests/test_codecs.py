@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sparsekv.codecs import (
+from vllm_sparsekv.format.codecs import (
     CODECS,
     AutoCodec,
     Fp8Codec,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_sparsekv.config import PRESETS, SparseKVConfig
+from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
 SPARSITY = "must be a number s with 0 <= s < 1"
 DTYPES = {

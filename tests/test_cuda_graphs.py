@@ -13,15 +13,15 @@ import torch
 
 pytest.importorskip("triton", reason="needs the triton package")
 
-from vllm_sparsekv.backend import SparseKVMetadataBuilder  # noqa: E402
-from vllm_sparsekv.config import SparseKVConfig  # noqa: E402
-from vllm_sparsekv.format import SparseFormat  # noqa: E402
+from vllm_sparsekv.engine.backend import SparseKVMetadataBuilder  # noqa: E402
+from vllm_sparsekv.engine.compat import AttentionCGSupport  # noqa: E402
+from vllm_sparsekv.engine.window import WindowMetadataBuilder  # noqa: E402
+from vllm_sparsekv.format.layout import SparseFormat  # noqa: E402
 from vllm_sparsekv.kernels.attention import launch  # noqa: E402
 from vllm_sparsekv.kernels.attention import triton as attention  # noqa: E402
 from vllm_sparsekv.kernels.pack import triton as pack  # noqa: E402
 from vllm_sparsekv.kernels.window import triton as window  # noqa: E402
-from vllm_sparsekv.vllm_compat import AttentionCGSupport  # noqa: E402
-from vllm_sparsekv.window import WindowMetadataBuilder  # noqa: E402
+from vllm_sparsekv.settings import SparseKVConfig  # noqa: E402
 
 HEADS, KV_HEADS, SIZE, BLOCK, MAX_BLOCKS = 32, 8, 128, 64, 512
 H200 = 132

@@ -7,8 +7,8 @@ import re
 import pytest
 import torch
 
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.settings import SparseKVConfig
 
 BF16 = torch.bfloat16
 

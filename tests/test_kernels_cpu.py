@@ -21,7 +21,7 @@ from helpers import (
 )
 from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
-from vllm_sparsekv.codecs import CODECS
+from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.kernels.cpu import build, ops
 
 NATIVE = Ops(ops.pack, ops.sparse_attention, ops.write_window)

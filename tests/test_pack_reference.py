@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from oracle import pruned
 from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
-from vllm_sparsekv.codecs import CODECS, AutoCodec
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat, VectorFormat
+from vllm_sparsekv.format.codecs import CODECS, AutoCodec
+from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 from vllm_sparsekv.kernels.pack.reference import (
     pack,
     pack_vectors,
     survivor_mask,
     unpack_vectors,
 )
+from vllm_sparsekv.settings import SparseKVConfig
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -49,7 +49,7 @@ def test_version_and_entry_point():
     assert PROJECT["project"]["version"] == vllm_sparsekv.__version__
     assert metadata.version("vllm-sparsekv") == vllm_sparsekv.__version__
     points = metadata.entry_points(group="vllm.general_plugins", name="sparsekv")
-    assert [point.value for point in points] == ["vllm_sparsekv.plugin:register"]
+    assert [point.value for point in points] == ["vllm_sparsekv.engine.plugin:register"]
 
 
 def test_commands_exist():

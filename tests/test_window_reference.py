@@ -8,9 +8,9 @@ from helpers import REFERENCE, Ops, assert_same_bytes, build_case
 from oracle import as_read, dense_attention
 from ragged import RAGGED_MATRIX
 
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.window.reference import write_window
+from vllm_sparsekv.settings import SparseKVConfig
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 

@@ -53,7 +53,7 @@ def run_decode(options: argparse.Namespace, device: torch.device, result: dict[s
     from timing import copy_bandwidth, measure, measure_all
     from vllm_kernels import vllm_steps
 
-    from vllm_sparsekv.format import SparseFormat
+    from vllm_sparsekv.format.layout import SparseFormat
 
     shape = Shape(options.heads, options.kv_heads, options.head_size, options.block_size)
     formats = {

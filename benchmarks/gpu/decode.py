@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from timing import measure
 
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.attention import reference
 from vllm_sparsekv.kernels.attention.launch import (
     Launch,
@@ -19,6 +18,7 @@ from vllm_sparsekv.kernels.attention.launch import (
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
 from vllm_sparsekv.kernels.pack.triton import pack
 from vllm_sparsekv.kernels.window.triton import write_window
+from vllm_sparsekv.settings import SparseKVConfig
 
 CACHES = {
     "auto-50-50": SparseKVConfig(0.5, 0.5, "auto", "auto", 64),

@@ -78,7 +78,7 @@ class Load:
 
 
 def engines() -> dict[str, dict[str, Any]]:
-    from vllm_sparsekv.config import PRESETS
+    from vllm_sparsekv.settings import PRESETS
 
     def sparse(preset: str) -> dict[str, Any]:
         settings = {"sparsekv": {"preset": preset}}
@@ -126,7 +126,7 @@ def serve(options: dict[str, Any], load: Load) -> dict[str, Any]:
     """Run one engine within this process; milliseconds and tokens a second."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm_sparsekv.plugin import register
+    from vllm_sparsekv.engine.plugin import register
 
     # The package need not be installed for vLLM to find it.
     register()

@@ -12,7 +12,7 @@ import torch
 
 from quality.attention import RuleModel
 from quality.methods import DENSE, Method, sparse
-from vllm_sparsekv.config import SparseKVConfig
+from vllm_sparsekv.settings import SparseKVConfig
 
 CHUNK = 64
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from quality.policies import WINDOW, Magnitude, OutputAware, PerChannel, Policy, Think
-from vllm_sparsekv.basis import Basis, change
-from vllm_sparsekv.basis_file import BasisFile
-from vllm_sparsekv.config import PRESETS, SparseKVConfig
-from vllm_sparsekv.format import TAG_BYTES, SparseFormat, VectorFormat
+from vllm_sparsekv.format.basis import Basis, change
+from vllm_sparsekv.format.basis_file import BasisFile
+from vllm_sparsekv.format.layout import TAG_BYTES, SparseFormat, VectorFormat
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
+from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
 CALIBRATED = "-calibrated"
 """How the name of a row ends that is stored in a calibrated basis."""

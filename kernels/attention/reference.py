@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.pack.reference import unpack_vectors
 
 TILE_ELEMENTS = 1 << 22

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.attention.launch import (
     MIN_TILES,
     attend_constants,

@@ -1,4 +1,4 @@
-// Element storage: model dtypes and the survivors' codecs (vllm_sparsekv/codecs.py), as float32.
+// Element storage: model dtypes and the survivors' codecs (vllm_sparsekv/format/codecs.py), as float32.
 #pragma once
 
 #include "simd.h"

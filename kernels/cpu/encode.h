@@ -1,4 +1,4 @@
-// Survivors as float32 to packed bytes, byte for byte as vllm_sparsekv/codecs.py.
+// Survivors as float32 to packed bytes, byte for byte as vllm_sparsekv/format/codecs.py.
 #pragma once
 
 #include "codec.h"

@@ -1,4 +1,4 @@
-// Where everything lies in a page and in a window slot (vllm_sparsekv/format.py).
+// Where everything lies in a page and in a window slot (vllm_sparsekv/format/layout.py).
 #pragma once
 
 #include "codec.h"

@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from vllm_sparsekv.format import SparseFormat, VectorFormat
+from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 from vllm_sparsekv.kernels.cpu.build import library, supported_isas
 
 logger = logging.getLogger("vllm.sparsekv.kernels")

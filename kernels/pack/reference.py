@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch.nn.functional import embedding, pad
 
-from vllm_sparsekv.format import SparseFormat, VectorFormat
+from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 
 
 def survivor_mask(x: torch.Tensor, survivors: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 
 
 def write_window(

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.triton import find_request
 
 

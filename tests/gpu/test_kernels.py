@@ -20,7 +20,7 @@ from helpers import (
 )
 from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
-from vllm_sparsekv.codecs import CODECS
+from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
 from vllm_sparsekv.kernels.pack.triton import pack
 from vllm_sparsekv.kernels.window.triton import write_window

@@ -33,8 +33,8 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers, prepare_pos_seq_lens  #
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
 from vllm.v1.worker.utils import AttentionGroup  # noqa: E402
 
-from vllm_sparsekv.backend import SparseKVBackend, SparseKVMetadataBuilder  # noqa: E402
-from vllm_sparsekv.window import RingSpec, WindowBackend, WindowMetadataBuilder  # noqa: E402
+from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVMetadataBuilder  # noqa: E402
+from vllm_sparsekv.engine.window import RingSpec, WindowBackend, WindowMetadataBuilder  # noqa: E402
 
 buffer_utils.is_uva_available = lambda: False
 CPU = torch.device("cpu")

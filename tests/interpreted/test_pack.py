@@ -7,10 +7,10 @@ import torch
 from helpers import REFERENCE, assert_same_bytes, build_case
 from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.pack.reference import unpack_vectors
 from vllm_sparsekv.kernels.pack.triton import pack
+from vllm_sparsekv.settings import SparseKVConfig
 
 TRITON = REFERENCE._replace(pack=pack)
 CODECS = ("auto", "fp8", "int4")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 BACKEND_NAME = "SPARSEKV"
-BACKEND_PATH = "vllm_sparsekv.backend.SparseKVBackend"
+BACKEND_PATH = "vllm_sparsekv.engine.backend.SparseKVBackend"
 
 
 def register() -> None:
@@ -19,11 +19,11 @@ def register() -> None:
 
 def backend_member() -> Any:
     """Register everything and return the ``AttentionBackendEnum`` member."""
-    from vllm_sparsekv import vllm_compat
-    from vllm_sparsekv.admission import admit, refuse_unused_settings
-    from vllm_sparsekv.window import RingManager, RingSpec
+    from vllm_sparsekv.engine import compat
+    from vllm_sparsekv.engine.admission import admit, refuse_unused_settings
+    from vllm_sparsekv.engine.window import RingManager, RingSpec
 
-    member = vllm_compat.register_backend_member(BACKEND_NAME, BACKEND_PATH, backend_member)
-    vllm_compat.watch_config(member, admit, refuse_unused_settings)
-    vllm_compat.register_ring(RingSpec, RingManager)
+    member = compat.register_backend_member(BACKEND_NAME, BACKEND_PATH, backend_member)
+    compat.watch_config(member, admit, refuse_unused_settings)
+    compat.register_ring(RingSpec, RingManager)
     return member

@@ -7,13 +7,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_sparsekv.admission import layer_format, settings_of
-from vllm_sparsekv.basis import Basis, LayerMatrices, change, kv_heads_of_rank
-from vllm_sparsekv.basis_file import BasisFile
-from vllm_sparsekv.format import BLOCK_SIZE_MULTIPLE, MODEL_DTYPES, SparseFormat
-from vllm_sparsekv.kernels import api
-from vllm_sparsekv.plugin import BACKEND_NAME
-from vllm_sparsekv.vllm_compat import (
+from vllm_sparsekv.engine.admission import layer_format, settings_of
+from vllm_sparsekv.engine.compat import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionImpl,
@@ -33,7 +28,12 @@ from vllm_sparsekv.vllm_compat import (
     layer_metadata,
     workspace,
 )
-from vllm_sparsekv.window import WindowLayer
+from vllm_sparsekv.engine.plugin import BACKEND_NAME
+from vllm_sparsekv.engine.window import WindowLayer
+from vllm_sparsekv.format.basis import Basis, LayerMatrices, change, kv_heads_of_rank
+from vllm_sparsekv.format.basis_file import BasisFile
+from vllm_sparsekv.format.layout import BLOCK_SIZE_MULTIPLE, MODEL_DTYPES, SparseFormat
+from vllm_sparsekv.kernels import api
 
 logger = init_logger("vllm.sparsekv")  # below "vllm", so that vLLM's handlers print it
 

@@ -31,8 +31,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_sparsekv.codecs import CODECS, Codec
-from vllm_sparsekv.config import SparseKVConfig
+from vllm_sparsekv.format.codecs import CODECS, Codec
+from vllm_sparsekv.settings import SparseKVConfig
 
 TAG_BYTES = 8
 BLOCK_SIZE_MULTIPLE = 16
@@ -65,7 +65,7 @@ class VectorFormat:
 
     @property
     def rotated(self) -> bool:
-        """Whether these vectors are stored in the basis of :mod:`vllm_sparsekv.basis`."""
+        """Whether these vectors are stored in the basis of :mod:`vllm_sparsekv.format.basis`."""
         return self.survivors == self.head_size and self.codec.integer
 
     @property

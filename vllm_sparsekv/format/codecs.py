@@ -1,8 +1,8 @@
 """How the survivors of one pruned vector are stored as bytes.
 
 A codec turns the k surviving values of a vector into ``k * bits / 8`` packed bytes plus
-``scale_bytes`` bytes of scale, and back. The page layout (:mod:`vllm_sparsekv.format`) takes every
-size from these two numbers, so a new codec is one class and one entry in :data:`CODECS`.
+``scale_bytes`` bytes of scale, and back. The page layout (:mod:`vllm_sparsekv.format.layout`) takes
+every size from these two numbers, so a new codec is one class and one entry in :data:`CODECS`.
 """
 
 from __future__ import annotations

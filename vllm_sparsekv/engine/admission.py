@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from vllm_sparsekv.basis_file import BasisFile
-from vllm_sparsekv.config import SparseKVConfig
-from vllm_sparsekv.format import SparseFormat
-from vllm_sparsekv.vllm_compat import VllmConfig, lookahead_tokens
+from vllm_sparsekv.engine.compat import VllmConfig, lookahead_tokens
+from vllm_sparsekv.format.basis_file import BasisFile
+from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.settings import SparseKVConfig
 
 SETTINGS_KEY = "sparsekv"
 DEFAULT_BLOCK_SIZE = 64

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vllm_sparsekv.codecs import CODECS
+from vllm_sparsekv.format.codecs import CODECS
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {

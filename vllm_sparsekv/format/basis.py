@@ -4,10 +4,10 @@ Elements quantised with few bits lose least when they are all of one size, so ve
 every element in an integer codec are stored rotated: their energy is then spread evenly (QuaRot,
 arXiv 2404.00456). Pruned vectors stay as they are: pruning lives on elements of different sizes.
 
-Integer vectors can take a calibrated basis instead (:mod:`vllm_sparsekv.calibrate`), one matrix per
-KV head. It makes elements matter as much as they are large, and of sizes as different as can be, so
-pruned vectors are stored in it as they are, and whole ones rotated on top of it, each band of their
-codec by itself.
+Integer vectors can take a calibrated basis instead (:mod:`vllm_sparsekv.calibration`), one matrix
+per KV head. It makes elements matter as much as they are large, and of sizes as different as can
+be, so pruned vectors are stored in it as they are, and whole ones rotated on top of it, each band
+of their codec by itself.
 
 Attention needs no vector back. With keys stored as ``k F`` and queries taken as ``q F^-T`` scores
 are unchanged, and with values stored as ``v F`` the output is ``o F^-1``.
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_sparsekv.format import SparseFormat, VectorFormat
+from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 
 
 class LayerMatrices(NamedTuple):

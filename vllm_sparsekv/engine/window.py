@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_sparsekv.format import SparseFormat
-from vllm_sparsekv.vllm_compat import (
+from vllm_sparsekv.engine.compat import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionImpl,
@@ -28,6 +27,7 @@ from vllm_sparsekv.vllm_compat import (
     MultipleOf,
     VllmConfig,
 )
+from vllm_sparsekv.format.layout import SparseFormat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from vllm_sparsekv.basis import LayerMatrices
+from vllm_sparsekv.format.basis import LayerMatrices
 
 KIND = "vllm_sparsekv basis"
 VERSION = "2"

@@ -1,0 +1,1 @@
+"""Calibration: from what a model computes to the basis its cache is stored in."""

@@ -1,0 +1,67 @@
+"""The basis that serves two moments at once: balance, then principal axes.
+
+An error e in a key moves the score of a query q by ``q . e``. With S the second moment of the keys
+of a KV head and R that of the queries of its group, the map T of :func:`balance` makes both the
+same matrix (balanced coordinates as in model reduction, Moore 1981), so that a coordinate matters
+to scores as much as it is large. Its eigenvectors then put as much as can be into few coordinates,
+which is what pruning by magnitude wants, and a Hadamard rotation spreads it evenly, which is what
+whole integer vectors want. Values and what reads them are balanced alike.
+"""
+
+from __future__ import annotations
+
+import torch
+
+RIDGE = 1e-2
+"""Added to the diagonal of moments, in units of its mean."""
+
+LARGEST_CONDITION = 100.0
+"""Of a matrix: the ratio of its largest to its smallest singular value."""
+
+
+def balance(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+    """The symmetric T with ``T S T^t == T^-t R T^-1``.
+
+    T^t T is the geometric mean of R and S^-1 (Pusz and Woronowicz 1975).
+
+    Args:
+        stored: S, (..., D, D) float64, positive definite.
+        reader: R, likewise.
+    """
+    root = _power(reader, 0.5)
+    return _power(root @ _power(root @ stored @ root, -0.5) @ root, 0.5)
+
+
+def balanced_basis(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+    """What vectors are to be multiplied with, from the moments of one layer.
+
+    Args:
+        stored: (num_kv_heads, D, D) float64, moments of the vectors.
+        reader: (num_kv_heads, D, D) float64, moments of what they are multiplied with later.
+
+    Returns:
+        (num_kv_heads, D, D) float64 of determinant +-1, condition at most
+        :data:`LARGEST_CONDITION`: the balanced basis, most important coordinate first.
+    """
+    stored, reader = _with_ridge(stored), _with_ridge(reader)
+    stretch, axes = torch.linalg.eigh(balance(stored, reader))
+    bound = LARGEST_CONDITION**0.5
+    stretch = (stretch / _geometric_mean(stretch)).clamp(1 / bound, bound)
+    balanced = axes @ torch.diag_embed(stretch / _geometric_mean(stretch)) @ axes.mT
+    _, principal = torch.linalg.eigh(balanced @ stored @ balanced)
+    return balanced @ principal.flip(-1)
+
+
+def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
+    """A power of symmetric positive definite matrices."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors @ torch.diag_embed(values**exponent) @ vectors.mT
+
+
+def _with_ridge(moment: torch.Tensor) -> torch.Tensor:
+    mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    return moment + RIDGE * mean * torch.eye(moment.shape[-1], dtype=moment.dtype)
+
+
+def _geometric_mean(x: torch.Tensor) -> torch.Tensor:
+    return x.log().mean(-1, keepdim=True).exp()
