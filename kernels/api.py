@@ -119,6 +119,9 @@ def sparse_attention(
     fmt: SparseFormat,
     out: torch.Tensor,
     *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
     workspace: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of a ragged batch into ``out``: see ``attention/reference.py``.
@@ -134,6 +137,14 @@ def sparse_attention(
     heads, kv_heads = query.shape[1], key.shape[1]
     if heads % kv_heads:
         raise ValueError(f"query has {heads} heads: must be a multiple of key's {kv_heads}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window}: must be None or >= 1 (tokens)")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap}: must be None or > 0")
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point()):
+        raise ValueError(
+            f"sinks are {sinks.dtype} of shape {tuple(sinks.shape)}: must be ({heads},) floats"
+        )
     _check_pages(pages, kv_heads, fmt)
     _check_indices(1, torch.int32, query_start_loc=query_start_loc, seq_lens=seq_lens)
     _check_indices(2, torch.int32, block_table=block_table)
@@ -155,6 +166,9 @@ def sparse_attention(
         scale,
         fmt,
         out,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        sinks=sinks,
         **scratch,
     )
 

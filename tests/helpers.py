@@ -75,6 +75,9 @@ class CaseSpec:
     lookahead: int = 0
     padding: int = 3
     seed: int = 0
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+    sinks: bool = False
 
     @property
     def format(self) -> SparseFormat:
@@ -99,6 +102,8 @@ class CaseSpec:
             f"{self.name}-D{self.head_size}-G{self.group}-N{self.block_size}-W{self.window}"
             f"+{self.lookahead}-K{self.key_sparsity}{self.key_dtype}"
             f"-V{self.value_sparsity}{self.value_dtype}-{dtype}"
+            f"{f'-SW{self.sliding_window}' if self.sliding_window else ''}"
+            f"{f'-cap{self.soft_cap}' if self.soft_cap else ''}{'-sinks' if self.sinks else ''}"
         )
 
 
@@ -128,6 +133,7 @@ class Case:
     block_table: torch.Tensor
     window_block_table: torch.Tensor | None
     scale: float
+    sinks: torch.Tensor | None
 
     @property
     def num_tokens(self) -> int:
@@ -150,11 +156,19 @@ class Case:
             self.fmt,
         )
 
+    def attention_options(self) -> dict[str, Any]:
+        """Keyword arguments of ``sparse_attention``."""
+        return {
+            "sliding_window": self.spec.sliding_window,
+            "soft_cap": self.spec.soft_cap,
+            "sinks": self.sinks,
+        }
+
     def attend(self, ops: Ops = REFERENCE) -> torch.Tensor:
         """Run the step: (num_tokens, num_heads, D). No padding row of ``out`` may be written."""
         out = torch.full_like(self.query, UNWRITTEN)
         untouched = out[self.num_tokens :].clone()
-        ops.sparse_attention(*self.attention_args(), out)
+        ops.sparse_attention(*self.attention_args(), out, **self.attention_options())
         assert torch.equal(out[self.num_tokens :], untouched), "a padding row was written"
         return out[: self.num_tokens]
 
@@ -188,6 +202,9 @@ class Case:
                     as_read(key, self.fmt.key, *held),
                     as_read(value, self.fmt.value, *held),
                     self.scale,
+                    self.spec.sliding_window,
+                    self.spec.soft_cap,
+                    None if self.sinks is None else self.sinks.cpu(),
                 )
             )
         return torch.cat(rows)
@@ -266,12 +283,15 @@ def build_case(spec: CaseSpec, ops: Ops = REFERENCE, device: torch.device | str 
         window = window.to(device)
         _write_history_window(spec, ops, keys, values, block_table, window, window_block_table)
         _leave_stale_slots(spec, window, window_block_table)
+    if spec.sliding_window is not None:
+        _free_blocks(spec, block_table, pages)
 
     step_keys = [key[r.context :] for key, r in zip(keys, spec.requests, strict=True)]
     step_values = [value[r.context :] for value, r in zip(values, spec.requests, strict=True)]
     num_tokens = sum(request.query for request in spec.requests)
     query = torch.randn(num_tokens, heads[0] * spec.group, heads[1], generator=generator)
     slots = _slots(block_table, [(r.context, r.context + r.query) for r in spec.requests], size)
+    sinks = 2 * torch.randn(heads[0] * spec.group, generator=generator).to(spec.dtype)
     return Case(
         spec=spec,
         fmt=fmt,
@@ -288,6 +308,7 @@ def build_case(spec: CaseSpec, ops: Ops = REFERENCE, device: torch.device | str 
         block_table=block_table.to(device),
         window_block_table=window_block_table.to(device) if spec.window else None,
         scale=spec.head_size**-0.5,
+        sinks=sinks.to(device) if spec.sinks else None,
     )
 
 
@@ -312,6 +333,18 @@ def _pack_history(
         return _padded([flat], spec.padding).to(pages.device)
 
     ops.pack(tokens(keys), tokens(values), slots[order].to(pages.device), pages, spec.format)
+
+
+def _free_blocks(spec: CaseSpec, block_table: torch.Tensor, pages: torch.Tensor) -> None:
+    """Poison what a sliding window has passed; the table names the null block or the old one."""
+    size = spec.block_size
+    sections = spec.format.sections(pages)
+    for row, request in enumerate(spec.requests):
+        passed = torch.arange(max(0, request.context - spec.sliding_window + 1))
+        block = block_table[row, passed // size].long().to(pages.device)
+        for section in sections:
+            section[block, :, (passed % size).to(pages.device)] = 0xFF
+        block_table[row, : len(passed) // size : 2] = 0
 
 
 def _write_history_window(

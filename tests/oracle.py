@@ -74,7 +74,13 @@ def as_read(x: torch.Tensor, fmt: VectorFormat, held_from: int, context: int) ->
 
 
 def dense_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of one request; its L queries are the last L of its n tokens.
 
@@ -83,6 +89,9 @@ def dense_attention(
         key: (n, num_kv_heads, D).
         value: (n, num_kv_heads, D).
         scale: factor on q . k.
+        sliding_window: positions a query sees, its own and those before it; None for all.
+        soft_cap: c of ``c * tanh(score / c)``.
+        sinks: (num_heads,), the score of one more key each, whose value is 0.
 
     Returns:
         (L, num_heads, D) float64.
@@ -91,6 +100,13 @@ def dense_attention(
     key = key.double().repeat_interleave(group, dim=1)
     value = value.double().repeat_interleave(group, dim=1)
     scores = torch.einsum("lhd,nhd->hln", query.double(), key) * scale
+    if soft_cap is not None:
+        scores = (scores / soft_cap).tanh() * soft_cap
     length, n = scores.shape[1:]
-    ahead = torch.arange(n) > torch.arange(n - length, n)[:, None]
-    return torch.einsum("hln,nhd->lhd", scores.masked_fill(ahead, -torch.inf).softmax(-1), value)
+    back = torch.arange(n - length, n)[:, None] - torch.arange(n)
+    unseen = back < 0 if sliding_window is None else (back < 0) | (back >= sliding_window)
+    scores = scores.masked_fill(unseen, -torch.inf)
+    if sinks is not None:
+        sink = sinks.double()[:, None, None].expand(-1, length, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    return torch.einsum("hln,nhd->lhd", scores.softmax(-1)[..., :n], value)

@@ -93,6 +93,9 @@ def _spec(seed: int, chosen: dict[str, Any]) -> CaseSpec:
         lookahead=chosen["window"][1],
         padding=seed % 4,
         seed=seed,
+        sliding_window=chosen.get("sliding_window"),
+        soft_cap=chosen.get("soft_cap"),
+        sinks=chosen.get("sinks", False),
     )
 
 
@@ -146,3 +149,20 @@ INT4_INT2_MATRIX = _matrix(
 
 WHOLE_MATRIX = INT3_MATRIX + INT2_MATRIX + INT4_INT2_MATRIX
 """Cases of the codecs that store whole vectors only."""
+
+_SCORES = AXES | {
+    "head_size": (64, 96, 256),
+    "group": (1, 3, 8),
+    "sliding_window": (None, 1, 16, 64, 65, 4096),
+    "soft_cap": (None, 1.5),
+    "sinks": (False, True),
+}
+SCORE_MATRIX = _matrix(_SCORES | {"sparsities": ((0.5, 0.5), (0.0, 0.0))}) + _matrix(
+    _SCORES
+    | {
+        "batch": ("decode", "hits", "chunks", "speculative"),
+        "codecs": (("int4", "int3"), ("int3", "int2"), ("int2", "auto"), ("int4_int2", "int3")),
+        "sparsities": ((0.0, 0.0),),
+    }
+)
+"""Sliding windows against ours, soft caps and sinks, with every codec."""

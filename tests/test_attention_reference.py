@@ -16,7 +16,7 @@ from helpers import (
     build_case,
 )
 from oracle import dense_attention
-from ragged import RAGGED_MATRIX, WHOLE_MATRIX
+from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_sparsekv.kernels.attention import reference
@@ -39,7 +39,7 @@ MIXED = CaseSpec(
 )
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX + SCORE_MATRIX, ids=str)
 def test_ragged_matrix(spec):
     assert_attention(build_case(spec))
 
@@ -221,6 +221,54 @@ def test_tiles_of_any_size_give_the_same(monkeypatch, elements):
     case = build_case(MIXED)
     monkeypatch.setattr(reference, "TILE_ELEMENTS", elements)
     assert_attention(case)
+
+
+SEEN = CaseSpec(
+    (Request(130, 1), Request(90, 70, hit=80), Request(200, 3), Request(5, 2)), window=24, padding=0
+)
+
+
+@pytest.mark.parametrize("sliding_window", [1, 23, 24, 25, 64, 100])
+def test_the_edge_of_a_sliding_window(sliding_window):
+    """The oldest position a query sees counts, the one before it does not."""
+    case = build_case(replace(SEEN, requests=(Request(130, 1),), sliding_window=sliding_window))
+    expected = case.attend()
+    oldest = 131 - sliding_window
+
+    def changed(position: int) -> float:
+        value = case.fmt.sections(case.pages).value_values
+        block = case.block_table[0, position // 64].long()
+        before = value[block, :, position % 64].clone()
+        value[block, :, position % 64] = 0x42
+        difference = (case.attend() - expected).abs().max().item()
+        value[block, :, position % 64] = before
+        return difference
+
+    assert changed(oldest - 1) == 0
+    if sliding_window > 24 + 1:  # else the ring holds it, or it is of this step
+        assert changed(oldest) > 0.1
+
+
+def test_sliding_window_soft_cap_and_sinks_matter():
+    """Each changes the answer, so that a case that has it can tell."""
+    plain = build_case(SEEN).expected
+    for option in ({"sliding_window": 40}, {"soft_cap": 1.5}, {"sinks": True}):
+        assert (build_case(replace(SEEN, **option)).expected - plain).abs().max() > 0.05
+
+
+def test_a_sliding_window_over_the_whole_context_is_none():
+    case = build_case(SEEN)
+    wide = build_case(replace(SEEN, sliding_window=203))
+    assert_same_bytes(wide.attend(), case.attend())
+
+
+@pytest.mark.parametrize("sink", [-1e30, 1e4])
+def test_extreme_sinks(sink):
+    """One that nobody looks at changes nothing, one that takes everything leaves zeros."""
+    case = build_case(replace(SEEN, sinks=True))
+    case.sinks.fill_(sink)
+    expected = build_case(SEEN).attend() if sink < 0 else torch.zeros_like(case.query)
+    torch.testing.assert_close(case.attend(), expected, rtol=0, atol=1e-6)
 
 
 class LargestTensor(TorchDispatchMode):
