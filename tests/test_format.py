@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_sparsekv.format.layout import SparseFormat
-from vllm_sparsekv.settings import SparseKVConfig
+from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
 BF16 = torch.bfloat16
 
@@ -100,21 +100,21 @@ def test_survivors_round_up_to_a_multiple_of_4(sparsity, survivors):
 
 # 50 %, auto and a window of 64 tokens unless said. (settings, head_size, dtype, block_size, r, m)
 RINGS = [
-    ({}, 64, BF16, 64, 32, 2),
-    ({}, 64, torch.float32, 64, 32, 2),
+    ({}, 64, BF16, 64, 34, 2),
+    ({}, 64, torch.float32, 64, 33, 2),
     ({}, 64, BF16, 16, 8, 8),
-    ({"key_sparsity": 0.0, "value_sparsity": 0.0}, 64, BF16, 64, 32, 2),
-    ({"key_dtype": "fp8", "value_dtype": "fp8"}, 64, BF16, 64, 16, 4),
-    ({"key_dtype": "fp8", "value_dtype": "fp8"}, 64, BF16, 48, 12, 6),
-    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 64, 8, 8),
-    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 48, 8, 8),
-    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 16, 2, 32),
-    ({"key_dtype": "int4", "value_dtype": "int4", "key_sparsity": 0.3}, 128, BF16, 64, 8, 8),
+    ({"key_sparsity": 0.0, "value_sparsity": 0.0}, 64, BF16, 64, 62, 2),
+    ({"key_dtype": "fp8", "value_dtype": "fp8"}, 64, BF16, 64, 19, 4),
+    ({"key_dtype": "fp8", "value_dtype": "fp8"}, 64, BF16, 48, 14, 5),
+    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 64, 12, 6),
+    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 48, 9, 8),
+    ({"key_dtype": "int4", "value_dtype": "int4"}, 64, BF16, 16, 3, 22),
+    ({"key_dtype": "int4", "value_dtype": "int4", "key_sparsity": 0.3}, 128, BF16, 64, 14, 5),
     ({"key_dtype": "int4", "value_dtype": "int4"}, 256, torch.float32, 16, 1, 64),
-    ({"window": 1}, 64, BF16, 64, 32, 1),
-    ({"window": 32}, 64, BF16, 64, 32, 1),
-    ({"window": 33}, 64, BF16, 64, 32, 2),
-    ({"window": 0}, 64, BF16, 64, 32, 0),
+    ({"window": 1}, 64, BF16, 64, 34, 1),
+    ({"window": 32}, 64, BF16, 64, 34, 1),
+    ({"window": 35}, 64, BF16, 64, 34, 2),
+    ({"window": 0}, 64, BF16, 64, 34, 0),
 ]
 
 
@@ -123,7 +123,28 @@ def test_ring(settings, head_size, dtype, block_size, r, m):
     fmt = make(head_size, dtype, **settings)
     assert fmt.slots_per_block(block_size) == r
     assert fmt.blocks_per_ring(r) == m
-    assert r * fmt.slot_bytes <= block_size * fmt.token_bytes and block_size % r == 0
+    assert r * fmt.slot_bytes <= block_size * fmt.token_bytes < (r + 1) * fmt.slot_bytes
+
+
+@pytest.mark.parametrize("lookahead", [0, 3])
+@pytest.mark.parametrize(("settings", "head_size", "dtype", "block_size", "r", "m"), RINGS)
+def test_the_window_fills_its_ring(settings, head_size, dtype, block_size, r, m, lookahead):
+    asked = make(head_size, dtype, lookahead=lookahead, **settings)
+    fmt = asked.with_full_ring(block_size)
+    blocks = asked.blocks_per_ring(r)
+    assert fmt.min_ring_slots == r * blocks and fmt.blocks_per_ring(r) == blocks
+    assert fmt.window >= asked.window and fmt.token_bytes == asked.token_bytes
+    assert fmt.with_full_ring(block_size) == fmt
+
+
+@pytest.mark.parametrize("head_size", range(64, 257, 16))
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_ring_takes_what_its_window_needs(preset, head_size):
+    config = SparseKVConfig.from_dict({"preset": preset})
+    fmt = SparseFormat.from_config(config, head_size, BF16).with_full_ring(64)
+    ring = fmt.blocks_per_ring(fmt.slots_per_block(64)) * 64 * fmt.token_bytes
+    assert config.window <= fmt.window <= 1.2 * config.window
+    assert ring <= 1.06 * fmt.window * fmt.slot_bytes
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ A slot holds position p only if its tag equals p + 1, so zeroed memory holds not
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -197,7 +197,7 @@ class SparseFormat:
         return self.window + (self.lookahead + 1 if self.lookahead else 0)
 
     def slots_per_block(self, block_size: int) -> int:
-        """r: window slots in one block, the largest divisor of ``block_size`` that fits a page.
+        """r: window slots in one block, as many as its page has room for.
 
         Args:
             block_size: N, tokens of a sparse page.
@@ -209,20 +209,27 @@ class SparseFormat:
             raise ValueError(
                 f"block_size={block_size}: must be a positive multiple of {BLOCK_SIZE_MULTIPLE}"
             )
-        fitting = block_size * self.token_bytes // self.slot_bytes
-        if fitting == 0:
+        slots = block_size * self.token_bytes // self.slot_bytes
+        if slots == 0:
             smallest = math.ceil(self.slot_bytes / self.token_bytes / BLOCK_SIZE_MULTIPLE)
             raise ValueError(
                 f"block_size={block_size}: a page of {block_size} tokens x {self.token_bytes} "
                 f"bytes cannot hold one window slot of {self.slot_bytes} bytes, "
                 f"must be >= {smallest * BLOCK_SIZE_MULTIPLE}"
             )
-        divisors = (r for r in range(min(fitting, block_size), 0, -1) if block_size % r == 0)
-        return next(divisors)
+        return slots
 
     def blocks_per_ring(self, slots_per_block: int) -> int:
         """m: window blocks one request holds."""
         return math.ceil(self.min_ring_slots / slots_per_block)
+
+    def with_full_ring(self, block_size: int) -> SparseFormat:
+        """The same with the longest window that takes no more blocks of N tokens."""
+        if self.window == 0:
+            return self
+        slots = self.slots_per_block(block_size)
+        spare = self.blocks_per_ring(slots) * slots - self.min_ring_slots
+        return replace(self, window=self.window + spare)
 
     def sections(self, pages: torch.Tensor) -> PageSections:
         """Split pages (num_blocks, num_kv_heads, N, token_bytes) uint8 into section views."""
