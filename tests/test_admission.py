@@ -18,7 +18,7 @@ from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vllm_sparsekv.engine import plugin
-from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVImpl, describe
+from vllm_sparsekv.engine.backend import SparseKVBackend
 from vllm_sparsekv.engine.compat import check_version
 from vllm_sparsekv.format.basis import LayerMatrices
 from vllm_sparsekv.format.basis_file import write_basis
@@ -33,6 +33,8 @@ def configure(model: Path = MODEL, **options: Any) -> Any:
 
 
 def model_folder(tmp_path: Path, **config: Any) -> Path:
+    if config["model_type"] == "falcon":
+        del config["head_dim"]  # which its configuration computes
     (tmp_path / "config.json").write_text(json.dumps(config))
     return tmp_path
 
@@ -60,7 +62,34 @@ def model_folder(tmp_path: Path, **config: Any) -> Path:
             {"additional_config": {"sparsekv": {}}, "attention_backend": None},
             r"additional_config\['sparsekv'\] is set but attention_backend=None: must be",
         ),
-        ({"kv_cache_dtype": "fp8"}, r"kv_cache_dtype='fp8': must be 'auto'"),
+        (
+            {"kv_cache_dtype": "fp8"},
+            r"kv_cache_dtype='fp8': must be 'auto' or the model's 'bfloat16' with",
+        ),
+        (
+            {"kv_cache_dtype": "float16"},
+            r"kv_cache_dtype='float16': must be 'auto' or the model's 'bfloat16' with",
+        ),
+        (
+            {"kv_cache_dtype_skip_layers": ["0"]},
+            r"has kv_cache_dtype_skip_layers set \(sparsekv\.skip_layers leaves layers dense\)",
+        ),
+        *(
+            ({"additional_config": {"sparsekv": {"skip_layers": skip}}}, message)
+            for skip, message in (
+                (
+                    [30],
+                    r"sparsekv\.skip_layers=30: must be the index of an attention layer, one of",
+                ),
+                ([0, -31], r"sparsekv\.skip_layers=-31: .* from the end \(30 layers\)"),
+                (["sliding"], r"skip_layers='sliding': the model has no such layers, .*\['full'\]"),
+                (["full"], r"sparsekv\.skip_layers=\['full'\]: must leave one of the 30 attention"),
+                (list(range(30)), r"must leave one of the 30 attention layers sparse"),
+                (["slidin"], r"sparsekv\.skip_layers=\['slidin'\]: must be a list of indices and"),
+                (3, r"sparsekv\.skip_layers=3: must be a list of indices and the words"),
+                ([True], r"sparsekv\.skip_layers=\[True\]: must be a list of indices and the"),
+            )
+        ),
         ({"block_size": 24}, r"block_size=24: must be a positive multiple of 16"),
         (
             {
@@ -95,14 +124,6 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
     [
         ({"hidden_size": 216, "head_dim": 24}, r"head_size=24: must be a positive multiple of 16"),
         (
-            {
-                "architectures": ["MistralForCausalLM"],
-                "model_type": "mistral",
-                "sliding_window": 64,
-            },
-            r"sliding-window layers",
-        ),
-        (
             {"architectures": ["BartForConditionalGeneration"], "model_type": "bart"},
             r"encoder-decoder attention",
         ),
@@ -120,25 +141,31 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
                 "v_head_dim": 32,
                 "head_dim": 32,
             },
-            r"has MLA, supported are decoder models",
+            r"has multi-head latent attention \(MLA\), which is not supported",
         ),
         (
             {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
-            r"has Mamba and linear-attention layers",
+            r"has no attention layers",
         ),
         (
-            {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
-            r"has Mamba and linear-attention layers",
+            {"architectures": ["FalconForCausalLM"], "model_type": "falcon", "alibi": True},
+            r"has ALiBi position biases",
+        ),
+        (
+            {"architectures": ["BloomForCausalLM"], "model_type": "bloom", "n_head": 9},
+            r"has ALiBi position biases",
         ),
         (
             {
-                "architectures": ["GptOssForCausalLM"],
-                "model_type": "gpt_oss",
-                "num_hidden_layers": 2,
-                "layer_types": ["sliding_attention", "full_attention"],
-                "sliding_window": 128,
+                "architectures": ["Llama4ForCausalLM"],
+                "model_type": "llama4_text",
+                "attention_chunk_size": 128,
             },
-            r"sliding-window layers",
+            r"has chunked local attention \(attention_chunk_size=128\)",
+        ),
+        (
+            {"architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu"},
+            r"has encoder-only attention",
         ),
     ],
 )
@@ -169,6 +196,53 @@ def test_basis_of_another_model(
     assert f"sparsekv.basis={str(path)!r}" in str(error.value)
 
 
+def test_models_with_windows_sinks_and_states_are_admitted(tmp_path: Path) -> None:
+    for index, changes in enumerate(
+        (
+            {"architectures": ["MistralForCausalLM"], "model_type": "mistral"},
+            {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "pad_token_id": 0},
+            {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
+            {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
+        )
+    ):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        config = configure(model_folder(folder, **(LLAMA | {"sliding_window": 64} | changes)))
+        assert config.cache_config.block_size == 64
+
+
+def test_context_parallelism_is_refused(tmp_path: Path) -> None:
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 3, "head_dim": 64}
+    folder = model_folder(tmp_path, **(LLAMA | heads))
+    with pytest.raises(ValueError, match=r"context parallelism \(decode_context_parallel_size=2\)"):
+        configure(folder, tensor_parallel_size=6, decode_context_parallel_size=2)
+
+
+FP8_OF_MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+FP8_OF_LLM_COMPRESSOR = {
+    "quant_method": "compressed-tensors",
+    "format": "dense",
+    "config_groups": {},
+    "ignore": [],
+    "kv_cache_scheme": SCHEME,
+}
+
+
+@pytest.mark.parametrize("described", [FP8_OF_MODELOPT, FP8_OF_LLM_COMPRESSOR])
+def test_a_cache_dtype_of_the_checkpoint_gives_way(tmp_path: Path, described: dict) -> None:
+    folder = model_folder(tmp_path, **(LLAMA | {"quantization_config": described}))
+    config = configure(folder)
+    assert config.cache_config.cache_dtype == "auto"
+    assert getattr(config.quant_config, "kv_cache_scheme", None) is None
+    with pytest.raises(ValueError, match=r"kv_cache_dtype='fp8': must be 'auto'"):
+        configure(folder, kv_cache_dtype="fp8")
+
+
+def test_the_model_s_own_dtype_is_auto() -> None:
+    assert configure(kv_cache_dtype="bfloat16").cache_config.cache_dtype == "auto"
+
+
 def test_block_size_defaults_to_64_and_respects_the_user() -> None:
     assert configure().cache_config.block_size == 64
     assert configure(block_size=128).cache_config.block_size == 128
@@ -178,8 +252,7 @@ def test_block_size_defaults_to_64_and_respects_the_user() -> None:
     ("changes", "reason"),
     [
         ({"use_mla": True}, "MLA not supported"),
-        ({"has_sink": True}, "attention sinks not supported"),
-        ({"has_sliding_window": True}, "sliding window not supported"),
+        ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
         ({"dtype": torch.float64}, "dtype not supported"),
@@ -204,50 +277,9 @@ def test_layer_selection_gives_the_reason(changes: dict[str, Any], reason: str) 
         "attn_type": "decoder",
     }
     assert SparseKVBackend.validate_configuration(**layer) == []
+    seen = {"has_sink": True, "has_sliding_window": True, "kv_cache_dtype": "bfloat16"}
+    assert SparseKVBackend.validate_configuration(**(layer | seen)) == []
     assert SparseKVBackend.validate_configuration(**(layer | changes)) == [reason]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("alibi_slopes", [0.5]),
-        ("sliding_window", 128),
-        ("logits_soft_cap", 30.0),
-        ("kv_sharing_target_layer_name", "model.layers.0.self_attn.attn"),
-    ],
-)
-def test_layer_features_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(ValueError, match=f"{name}=.*not supported by attention_backend=sparsekv"):
-        SparseKVImpl(num_heads=4, head_size=64, scale=0.125, **{name: value})
-
-
-def test_start_up_line() -> None:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    settings = {
-        "key_sparsity": 0.3,
-        "value_sparsity": 0.5,
-        "key_dtype": "auto",
-        "value_dtype": "fp8",
-        "window": 32,
-    }
-    config = configure(dtype="bfloat16", additional_config={"sparsekv": settings})
-    spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.uint8)
-    assert describe(config, spec) == (
-        "sparsekv: keys 30.0% asked, 25.0% effective, auto; "
-        "values 50.0% asked, 50.0% effective, fp8; "
-        "432 bytes per token and layer against 768 dense (1.78x); window 32 tokens; block size 64"
-    )
-
-
-def test_start_up_line_says_that_the_basis_is_calibrated(tmp_path: Path) -> None:
-    from vllm.v1.kv_cache_interface import FullAttentionSpec
-
-    path = tmp_path / "basis.safetensors"
-    write_basis(path, [LayerMatrices(*torch.eye(64).expand(2, 3, 64, 64))] * 30, "a-model")
-    config = configure(additional_config={"sparsekv": {"basis": str(path)}})
-    spec = FullAttentionSpec(block_size=64, num_kv_heads=3, head_size=64, dtype=torch.uint8)
-    assert "effective, int3; calibrated; " in describe(config, spec)
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.33.0", "0.33.0+cpu"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import MODEL
+from planning import Layer, build_layers
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import (
     destroy_distributed_environment,
@@ -16,8 +17,9 @@ from vllm.distributed import (
     initialize_model_parallel,
 )
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
 
-from vllm_sparsekv.engine.backend import SparseKVImpl, SparseKVMetadata
+from vllm_sparsekv.engine.backend import SparseKVMetadata
 from vllm_sparsekv.format.basis import Basis, LayerMatrices, change
 from vllm_sparsekv.format.basis_file import write_basis
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
@@ -79,13 +81,13 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 def test_a_layer_takes_its_own_matrices(config: VllmConfig, matrices: list[LayerMatrices]) -> None:
     """History reads back as layer 7's basis leaves it; the step's own tokens are exact."""
-    impl = SparseKVImpl(HEADS, SIZE, SIZE**-0.5, KV_HEADS)
-    layer = torch.nn.Module()
-    layer.layer_name = "model.layers.7.self_attn.attn"
+    (layer,) = build_layers(config, {7: Layer()})
+    current_platform.update_block_size_for_backend(config)
+    impl, fmt = layer.impl, layer.impl.cache.format
     generator = torch.Generator().manual_seed(1)
     query = torch.randn(TOKENS + 1, HEADS, SIZE, generator=generator)
     key, value = torch.randn(2, TOKENS + 1, KV_HEADS, SIZE, generator=generator)
-    pages = torch.zeros(2, KV_HEADS, 64, impl.format.token_bytes, dtype=torch.uint8)
+    pages = torch.zeros(2, KV_HEADS, 64, fmt.token_bytes, dtype=torch.uint8)
     out = torch.empty_like(query)
     for start, stop in ((0, TOKENS), (TOKENS, TOKENS + 1)):
         step = slice(start, stop)
@@ -100,8 +102,7 @@ def test_a_layer_takes_its_own_matrices(config: VllmConfig, matrices: list[Layer
         impl.forward(layer, *arguments)
     exact = attention(query[TOKENS - 1], key[:TOKENS], value[:TOKENS])
     assert (out[TOKENS - 1] - exact).abs().max() < 1e-5
-    basis = Basis.calibrated(impl.format, matrices[7])
-    fmt = impl.format
+    basis = Basis.calibrated(fmt, matrices[7])
     packed = pack_vectors(change(key[:TOKENS], basis.key), fmt.key)
     stored_key = change(unpack_vectors(*packed, fmt.key), basis.query.mT)
     packed = pack_vectors(change(value[:TOKENS], basis.value), fmt.value)

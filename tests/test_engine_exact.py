@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from engines import engine, first_logprobs, generate, metric, prose_tokens, texts
+from engines import (
+    assert_close,
+    engine,
+    first_logprobs,
+    generate,
+    metric,
+    prose_tokens,
+    texts,
+)
 from vllm import LLM, SamplingParams
 
 LOSSLESS = {
@@ -72,12 +80,6 @@ def fresh(sparse: LLM) -> dict[str, dict[int, float]]:
 def free_blocks(llm: LLM) -> int:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
-
-
-def assert_close(actual: dict[int, float], expected: dict[int, float], error: float) -> None:
-    shared = actual.keys() & expected.keys()
-    assert len(shared) >= 18, "the most likely tokens differ"
-    assert max(abs(actual[token] - expected[token]) for token in shared) <= error
 
 
 def test_first_token_equals_dense(fresh: dict, dense: dict) -> None:

@@ -56,6 +56,8 @@ class SparseKVConfig:
         window: newest tokens of a request that stay dense, >= 0.
         basis: path of a file written by ``sparsekv-calibrate`` for this model, in whose basis
             integer keys and values are stored; None for the model's own.
+        skip_layers: decoder layers that stay dense: indices, negative ones from the end, and the
+            words "sliding" and "full".
     """
 
     key_sparsity: float = 0.0
@@ -64,6 +66,7 @@ class SparseKVConfig:
     value_dtype: str = "int3"
     window: int = 64
     basis: str | None = None
+    skip_layers: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("key_sparsity", "value_sparsity"):
@@ -98,6 +101,10 @@ class SparseKVConfig:
             raise _invalid(
                 "basis", None, f"a file of sparsekv-calibrate with key_dtype={self.key_dtype!r}"
             )
+        skip = self.skip_layers
+        if not isinstance(skip, (list, tuple)) or not all(map(_is_layer, skip)):
+            raise _invalid("skip_layers", skip, "a list of indices and the words 'sliding', 'full'")
+        object.__setattr__(self, "skip_layers", tuple(skip))
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> SparseKVConfig:
@@ -127,6 +134,11 @@ class SparseKVConfig:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_layer(value: Any) -> bool:
+    is_index = isinstance(value, int) and not isinstance(value, bool)
+    return is_index or value in ("sliding", "full")
 
 
 def _invalid(name: str, value: Any, expected: str) -> ValueError:

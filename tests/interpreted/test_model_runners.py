@@ -82,7 +82,8 @@ class Batch:
             **sizes,
         )
         ring = RingSpec(
-            block_size=fmt.slots_per_block(spec.block_size),
+            block_size=spec.block_size,
+            token_bytes=fmt.token_bytes,
             dtype=spec.dtype,
             state_content_bytes=fmt.slot_bytes,
             min_slots=fmt.min_ring_slots,

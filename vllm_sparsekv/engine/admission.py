@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vllm_sparsekv.engine.compat import VllmConfig, lookahead_tokens
+from vllm_sparsekv.engine.compat import (
+    VllmConfig,
+    forget_cache_dtype_of_checkpoint,
+    init_logger,
+    lookahead_tokens,
+)
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
 SETTINGS_KEY = "sparsekv"
 DEFAULT_BLOCK_SIZE = 64
+ALIBI_MODELS = ("bloom", "step1")
+"""Besides those whose configuration has a flag for it."""
+
+logger = init_logger("vllm.sparsekv")  # below "vllm", so that vLLM's handlers print it
 
 
 def settings_of(vllm_config: VllmConfig) -> SparseKVConfig:
@@ -57,34 +67,118 @@ def admit(vllm_config: VllmConfig) -> None:
     cache = vllm_config.cache_config
     if model is None:
         return
-    unsupported = {
-        "MLA": model.use_mla,
-        "encoder-decoder attention": model.is_encoder_decoder,
-        "Mamba and linear-attention layers": model.is_hybrid or model.is_attention_free,
-        "sliding-window layers": model.get_sliding_window() is not None
-        or _has_sliding_layers(model.hf_text_config),
-    }
-    for what, present in unsupported.items():
-        if present:
-            raise ValueError(
-                f"attention_backend=sparsekv: {model.model} has {what}, supported are decoder "
-                f"models with full attention in every layer"
-            )
-    if cache.cache_dtype != "auto":
+    for what in unsupported(vllm_config):
         raise ValueError(
-            f"kv_cache_dtype={cache.cache_dtype!r}: must be 'auto' with "
-            f"attention_backend=sparsekv; sparsekv.key_dtype and sparsekv.value_dtype quantise"
+            f"attention_backend=sparsekv: {model.model} has {what}, which is not supported"
         )
+    _check_cache_dtype(vllm_config)
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "disable_hybrid_kv_cache_manager=True: must be False with attention_backend=sparsekv, "
-            "pages and window are two cache groups"
+            "pages and window are two cache groups; a KV connector without hybrid support sets it"
         )
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE
     layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
+    _check_skip_layers(settings.skip_layers, vllm_config)
     if settings.basis is not None:
         _check_basis(settings.basis, model)
+
+
+def unsupported(vllm_config: VllmConfig) -> Iterator[str]:
+    """What the model has, or the engine asks of it, that sparse pages cannot do."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    text = model.hf_text_config
+    if model.use_mla:
+        yield "multi-head latent attention (MLA)"
+    if model.is_encoder_decoder:
+        yield "encoder-decoder attention"
+    if model.attn_type == "encoder_only":
+        yield "encoder-only attention"
+    if model.is_attention_free:
+        yield "no attention layers"
+    if getattr(text, "alibi", False) or text.model_type in ALIBI_MODELS:
+        yield "ALiBi position biases"
+    if model.attention_chunk_size is not None:
+        yield f"chunked local attention (attention_chunk_size={model.attention_chunk_size})"
+    if model.rswa_window is not None:
+        yield "reference sliding-window attention"
+    if model.is_mm_prefix_lm:
+        yield (
+            "bidirectional attention within images (--limit-mm-per-prompt '{\"image\": 0}' and the "
+            "like for its other modalities serves it as a text model)"
+        )
+    if getattr(text, "param_sink_number", 0):
+        yield "learnt sink tokens (param_sink_number)"
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name) > 1:
+            yield f"context parallelism ({name}={getattr(parallel, name)})"
+    if vllm_config.cache_config.kv_cache_dtype_skip_layers:
+        yield "kv_cache_dtype_skip_layers set (sparsekv.skip_layers leaves layers dense)"
+
+
+def layer_kinds(vllm_config: VllmConfig) -> list[str] | None:
+    """By decoder layer "full", "sliding" or "state"; None where the configuration does not say."""
+    model = vllm_config.model_config
+    text = model.hf_text_config
+    types = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None)
+    if types is None and not model.is_hybrid:
+        sliding = vllm_config.cache_config.sliding_window is not None
+        return ["sliding" if sliding else "full"] * model.get_total_num_hidden_layers()
+    if types is None:
+        return None
+    kinds = {"sliding_attention": "sliding", "full_attention": "full", "attention": "full"}
+    return [kinds.get(layer_type, "state") for layer_type in types]
+
+
+def _check_skip_layers(skip: Sequence[int | str], vllm_config: VllmConfig) -> None:
+    if not skip:
+        return
+    total = vllm_config.model_config.get_total_num_hidden_layers()
+    kinds = layer_kinds(vllm_config)
+    attention = range(total) if kinds is None else [i for i, k in enumerate(kinds) if k != "state"]
+    skipped = set()
+    for layer in skip:
+        if isinstance(layer, str):
+            named = [i for i in attention if kinds is None or kinds[i] == layer]
+            if not named:
+                raise ValueError(
+                    f"sparsekv.skip_layers={layer!r}: the model has no such layers, it has "
+                    f"{sorted(set(kinds))}"
+                )
+            skipped.update(named if kinds is not None else ())
+        elif not -total <= layer < total or layer % total not in attention:
+            raise ValueError(
+                f"sparsekv.skip_layers={layer}: must be the index of an attention layer, one of "
+                f"{list(attention)} or negative, counted from the end ({total} layers)"
+            )
+        else:
+            skipped.add(layer % total)
+    if skipped >= set(attention):
+        raise ValueError(
+            f"sparsekv.skip_layers={list(skip)}: must leave one of the {len(attention)} attention "
+            f"layers sparse"
+        )
+
+
+def _check_cache_dtype(vllm_config: VllmConfig) -> None:
+    """Take ``auto``, the model's own dtype, or what only the checkpoint asked for."""
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    asked = forget_cache_dtype_of_checkpoint(vllm_config)
+    if asked:
+        logger.info(
+            "sparsekv: the checkpoint names a %s cache; sparse pages take its place "
+            "(sparsekv.key_dtype and sparsekv.value_dtype)",
+            asked,
+        )
+    own = str(model.dtype).removeprefix("torch.")
+    if cache.cache_dtype == own:
+        cache.cache_dtype = "auto"
+    if cache.cache_dtype != "auto":
+        raise ValueError(
+            f"kv_cache_dtype={cache.cache_dtype!r}: must be 'auto' or the model's {own!r} with "
+            f"attention_backend=sparsekv; sparsekv.key_dtype and sparsekv.value_dtype quantise"
+        )
 
 
 def _check_basis(path: str, model: Any) -> None:
@@ -107,8 +201,3 @@ def _additional(vllm_config: VllmConfig) -> dict[str, Any]:
     """``additional_config`` as the user gave it; vLLM also allows an opaque object there."""
     given = vllm_config.additional_config
     return given if isinstance(given, dict) else {}
-
-
-def _has_sliding_layers(hf_text_config: object) -> bool:
-    layer_types = getattr(hf_text_config, "layer_types", None) or ()
-    return any("sliding" in layer_type for layer_type in layer_types)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_sparsekv.engine.admission import layer_format, settings_of
+from vllm_sparsekv.engine.admission import DEFAULT_BLOCK_SIZE
 from vllm_sparsekv.engine.compat import (
     AttentionBackend,
     AttentionCGSupport,
@@ -18,37 +18,28 @@ from vllm_sparsekv.engine.compat import (
     CommonAttentionMetadata,
     KVCacheLayout,
     MultipleOf,
-    VllmConfig,
-    first_layer_index,
-    get_current_vllm_config,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-    init_logger,
-    layer_index,
     layer_metadata,
     workspace,
 )
 from vllm_sparsekv.engine.plugin import BACKEND_NAME
 from vllm_sparsekv.engine.window import WindowLayer
-from vllm_sparsekv.format.basis import Basis, LayerMatrices, change, kv_heads_of_rank
-from vllm_sparsekv.format.basis_file import BasisFile
+from vllm_sparsekv.format.basis import Basis, change
 from vllm_sparsekv.format.layout import BLOCK_SIZE_MULTIPLE, MODEL_DTYPES, SparseFormat
 from vllm_sparsekv.kernels import api
 
-logger = init_logger("vllm.sparsekv")  # below "vllm", so that vLLM's handlers print it
-
-_formats: dict[tuple[int, torch.dtype], SparseFormat] = {}
-"""Format by (head_size, model dtype) of the engine whose layers were built last in this process.
-
-vLLM asks ``customize_spec`` for the page size right after building the layers, without saying for
-which engine.
-"""
-
 
 class SparseKVBackend(AttentionBackend):
+    """What vLLM selects; every layer gets a subclass of its own format, :meth:`with_format`."""
+
     forward_includes_kv_cache_update = True
     supported_dtypes: ClassVar[list[torch.dtype]] = list(MODEL_DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    format: ClassVar[SparseFormat]
+
+    @classmethod
+    def with_format(cls, fmt: SparseFormat) -> type[SparseKVBackend]:
+        """The backend of layers with this format."""
+        return type(cls.__name__, (cls,), {"format": fmt, "__module__": cls.__module__})
 
     @staticmethod
     def get_name() -> str:
@@ -67,8 +58,20 @@ class SparseKVBackend(AttentionBackend):
         return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
 
     @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        return DEFAULT_BLOCK_SIZE
+
+    @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
         return head_size % 16 == 0
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
 
     @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
@@ -84,8 +87,7 @@ class SparseKVBackend(AttentionBackend):
         """Replace the dense page by the sparse one: opaque bytes, ``token_bytes`` per state."""
         if spec.state_content_bytes is not None:
             return spec
-        fmt = _formats[spec.head_size, spec.dtype]
-        return replace(spec, dtype=torch.uint8, state_content_bytes=fmt.token_bytes)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=cls.format.token_bytes)
 
 
 @dataclass
@@ -102,15 +104,8 @@ class SparseKVMetadata:
 class SparseKVMetadataBuilder(AttentionMetadataBuilder[SparseKVMetadata]):
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        logger.info_once(describe(vllm_config, kv_cache_spec))
+    def __init__(self, kv_cache_spec: AttentionSpec, *args: Any, **kwargs: Any) -> None:
+        super().__init__(kv_cache_spec, *args, **kwargs)
 
     def build(
         self,
@@ -127,24 +122,38 @@ class SparseKVMetadataBuilder(AttentionMetadataBuilder[SparseKVMetadata]):
         )
 
 
-def describe(vllm_config: VllmConfig, spec: AttentionSpec) -> str:
-    """The start-up line."""
-    asked = settings_of(vllm_config)
-    fmt = layer_format(vllm_config, spec.head_size)
-    heads = spec.num_kv_heads
-    return (
-        f"sparsekv: keys {asked.key_sparsity:.1%} asked, {fmt.key.sparsity:.1%} effective, "
-        f"{asked.key_dtype}; "
-        f"values {asked.value_sparsity:.1%} asked, "
-        f"{fmt.value.sparsity:.1%} effective, {asked.value_dtype}; "
-        f"{'calibrated; ' if asked.basis else ''}"
-        f"{heads * fmt.token_bytes} bytes per token and layer against "
-        f"{heads * fmt.dense_token_bytes} dense ({fmt.dense_token_bytes / fmt.token_bytes:.2f}x); "
-        f"window {fmt.window} tokens; block size {spec.block_size}"
-    )
+@dataclass
+class LayerCache:
+    """What one layer stores, shared by the layers that read its keys and values.
+
+    Attributes:
+        format: how vectors are stored.
+        basis: the basis they are stored in.
+        window: the layer's ring, or None without a dense window.
+        last_reader: name of the last layer of a step that reads this cache; it fills the window.
+        step: this step's keys and values in the basis, kept while other layers will read them.
+    """
+
+    format: SparseFormat
+    basis: Basis
+    window: WindowLayer | None
+    last_reader: str
+    step: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
+    """Attention of one layer.
+
+    Attributes:
+        cache: set by :func:`vllm_sparsekv.engine.layers.prepare` once the model is built.
+        arguments: what vLLM built this with, to build another backend's implementation.
+
+    Raises:
+        ValueError: the layer needs what sparse pages do not support; names it.
+    """
+
+    cache: LayerCache
+
     def __init__(
         self,
         num_heads: int,
@@ -157,57 +166,34 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        *,
+        sinks: torch.Tensor | None = None,
+        **options: Any,
     ) -> None:
-        refused = {
-            "alibi_slopes": alibi_slopes,
-            "sliding_window": sliding_window,
-            "logits_soft_cap": logits_soft_cap,
-            "kv_sharing_target_layer_name": kv_sharing_target_layer_name,
-        }
+        refused = {"alibi_slopes": alibi_slopes} | options
         for name, given in refused.items():
-            if given:
+            # Models also pass options they do not use: None, False, or -1 for no look-back.
+            if given is not None and given is not False and given != -1:
                 raise ValueError(f"{name}={given!r}: not supported by attention_backend=sparsekv")
-        vllm_config = get_current_vllm_config()
-        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-            raise ValueError(
-                "disable_hybrid_kv_cache_manager=True: must be False with "
-                "attention_backend=sparsekv; a KV connector without hybrid support sets it"
-            )
+        self.arguments = (
+            *(num_heads, head_size, scale, num_kv_heads, alibi_slopes, sliding_window),
+            *(kv_cache_dtype, logits_soft_cap, attn_type, kv_sharing_target_layer_name),
+        )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype
-        self.format = layer_format(vllm_config, head_size)
-        _formats[head_size, self.format.dtype] = self.format
-        self.basis = Basis.of(self.format, vllm_config.device_config.device)
-        self.basis_path = settings_of(vllm_config).basis
-        self.window = self._add_window_layer(vllm_config) if self.format.window else None
-
-    def _add_window_layer(self, vllm_config: VllmConfig) -> WindowLayer:
-        layers = vllm_config.compilation_config.static_forward_context.values()
-        index = first_layer_index(vllm_config) + sum(isinstance(x, WindowLayer) for x in layers)
-        return WindowLayer(f"sparsekv.window.{index}", self.num_kv_heads, self.format, vllm_config)
-
-    def _use_calibrated(self, layer_name: str, device: torch.device) -> None:
-        """Take the layer's matrices, now that its name is known."""
-        file = BasisFile.open(self.basis_path)
-        heads = kv_heads_of_rank(
-            file.num_kv_heads,
-            get_tensor_model_parallel_rank(),
-            get_tensor_model_parallel_world_size(),
-        )
-        layer = file.layer(layer_index(layer_name))
-        share = LayerMatrices(*(matrices[heads] for matrices in layer))
-        self.basis = Basis.calibrated(self.format, share, device)
-        self.basis_path = None
+        self.sliding_window = sliding_window
+        self.soft_cap = logits_soft_cap or None
+        self.sinks = sinks
 
     def forward(
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: SparseKVMetadata | None,
         output: torch.Tensor,
@@ -220,8 +206,9 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
 
         Args:
             query: (num_tokens, num_heads, head_size) model dtype.
-            key: (num_tokens, num_kv_heads, head_size) model dtype, after RoPE.
-            value: (num_tokens, num_kv_heads, head_size) model dtype.
+            key: (num_tokens, num_kv_heads, head_size) model dtype, after RoPE; None in a layer that
+                reads another's.
+            value: (num_tokens, num_kv_heads, head_size) model dtype, or None likewise.
             kv_cache: (num_blocks, num_kv_heads, block_size, token_bytes) uint8.
             attn_metadata: None in profiling runs.
             output: (num_tokens, num_heads, head_size), written in place.
@@ -233,21 +220,25 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
                 query.device, self.num_heads // self.num_kv_heads, self.head_size
             )
         )
-        if self.basis_path is not None:
-            self._use_calibrated(layer.layer_name, query.device)
         if attn_metadata is None:
             return output
-        step = attn_metadata
-        key = change(key, self.basis.key)
-        value = change(value, self.basis.value)
-        api.pack(key, value, step.slot_mapping, kv_cache, self.format)
+        step, cache = attn_metadata, self.cache
+        fmt, basis = cache.format, cache.basis
+        if key is None:
+            key, value = cache.step
+        else:
+            key, value = change(key, basis.key), change(value, basis.value)
+            api.pack(key, value, step.slot_mapping, kv_cache, fmt)
+            if cache.last_reader != layer.layer_name:
+                # The model may reuse the memory of its own tensors.
+                cache.step = key.clone(), value.clone()
         window, window_block_table = None, None
-        if self.window is not None:
-            window = self.window.kv_cache
-            window_block_table = layer_metadata(self.window.layer_name).block_table
-        stored = torch.empty_like(output) if self.basis.output is not None else output
+        if cache.window is not None:
+            window = cache.window.kv_cache
+            window_block_table = layer_metadata(cache.window.layer_name).block_table
+        stored = torch.empty_like(output) if basis.output is not None else output
         api.sparse_attention(
-            change(query, self.basis.query),
+            change(query, basis.query),
             key,
             value,
             kv_cache,
@@ -257,21 +248,26 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
             step.block_table,
             window_block_table,
             self.scale,
-            self.format,
+            fmt,
             stored,
+            sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
+            sinks=self.sinks,
             workspace=scratch,
         )
         if stored is not output:
-            output.copy_(change(stored, self.basis.output))
-        if window is not None:
-            api.write_window(
-                key,
-                value,
-                window,
-                step.query_start_loc,
-                step.seq_lens,
-                step.slot_mapping,
-                window_block_table,
-                self.format,
-            )
+            output.copy_(change(stored, basis.output))
+        if cache.last_reader == layer.layer_name:
+            cache.step = None
+            if window is not None:
+                api.write_window(
+                    key,
+                    value,
+                    window,
+                    step.query_start_loc,
+                    step.seq_lens,
+                    step.slot_mapping,
+                    window_block_table,
+                    fmt,
+                )
         return output

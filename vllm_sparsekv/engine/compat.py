@@ -27,7 +27,8 @@ def check_version(version: str) -> None:
 
 check_version(VLLM_VERSION)
 
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config.vllm import get_layers_from_vllm_config
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -36,6 +37,7 @@ from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.platforms import current_platform
+from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -46,6 +48,7 @@ from vllm.v1.attention.backend import (
     MultipleOf,
 )
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+from vllm.v1.attention.selector import get_attn_backend
 from vllm.v1.core.single_type_kv_cache_manager import (
     CircularBufferManager,
     register_all_kvcache_specs,
@@ -73,19 +76,24 @@ __all__ = [
     "KVCacheLayout",
     "MultipleOf",
     "VllmConfig",
+    "attention_layers",
     "check_version",
-    "first_layer_index",
-    "get_current_vllm_config",
+    "forget_cache_dtype_of_checkpoint",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "init_logger",
     "layer_index",
     "layer_metadata",
     "lookahead_tokens",
+    "platform_backend",
     "register_backend_member",
+    "register_before",
     "register_ring",
+    "replace_backend",
     "watch_config",
+    "watch_layers",
     "workspace",
+    "zero_on_cpu",
 ]
 
 
@@ -157,6 +165,22 @@ def watch_config(
     _wrap_platform_hook("check_and_update_config", make)
 
 
+def watch_layers(prepare: Callable[[VllmConfig, Callable[[], None]], None]) -> None:
+    """Call ``prepare`` in every worker once its model is built, around vLLM's choice of block size.
+
+    ``Platform.update_block_size_for_backend`` is where executors stop between loading the model
+    and planning its cache.
+    """
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def update_block_size_for_backend(cls: type, vllm_config: VllmConfig) -> None:
+            prepare(vllm_config, lambda: original(vllm_config))
+
+        return update_block_size_for_backend
+
+    _wrap_platform_hook("update_block_size_for_backend", make)
+
+
 def _wrap_platform_hook(
     name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
@@ -176,10 +200,98 @@ def register_ring(spec: type[CircularBufferSpec], manager: type[CircularBufferMa
     KVCacheSpecRegistry.register(spec, manager)
 
 
-def first_layer_index(vllm_config: VllmConfig) -> int:
-    """Global index of the first decoder layer on this pipeline rank."""
-    start, _ = vllm_config.model_config.get_layers_start_end_indices(vllm_config.parallel_config)
-    return start
+def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    """vLLM's ``Attention`` modules of the built model, by name, in order."""
+    # Like every model's module imported after plugins have loaded.
+    from vllm.model_executor.layers.attention import Attention
+
+    return get_layers_from_vllm_config(vllm_config, Attention)
+
+
+def register_before(vllm_config: VllmConfig, companions: dict[str, AttentionLayerBase]) -> None:
+    """Register cache layers, each before the layer it is named by; their names are their own."""
+    context = vllm_config.compilation_config.static_forward_context
+    layers = dict(context)
+    context.clear()
+    for name, layer in layers.items():
+        if name in companions:
+            context[companions[name].layer_name] = companions[name]
+        context[name] = layer
+
+
+def platform_backend(vllm_config: VllmConfig, layer: Any) -> type[AttentionBackend]:
+    """The backend the platform itself would choose for an attention layer."""
+    attention = vllm_config.attention_config
+    chosen, attention.backend = attention.backend, None
+    cache = vllm_config.cache_config
+    given, cache.user_specified_block_size = cache.user_specified_block_size, False
+    try:
+        with set_current_vllm_config(vllm_config):
+            return get_attn_backend(
+                layer.head_size,
+                layer.dtype,
+                layer.kv_cache_dtype,
+                has_sink=layer.has_sink,
+                attn_type=layer.attn_type,
+                has_sliding_window=layer.sliding_window is not None,
+            )
+    finally:
+        attention.backend, cache.user_specified_block_size = chosen, given
+
+
+def replace_backend(vllm_config: VllmConfig, layer: Any, backend: type[AttentionBackend]) -> None:
+    """Run an attention layer on ``backend``, built anew from what the layer is."""
+    extra = {"sinks": layer.impl.sinks} if layer.has_sink else {}
+    with set_current_vllm_config(vllm_config):
+        layer.impl = backend.get_impl_cls()(*layer.impl.arguments, **extra)
+    layer.attn_backend = backend
+    layer.backend = AttentionBackendEnum[backend.get_name()]
+    layer.impl.process_weights_after_loading(layer.dtype)
+
+
+def zero_on_cpu(layer_type: type[AttentionLayerBase]) -> None:
+    """Have new blocks zeroed in layers of this type too, by their ``zero_blocks(block_ids)``.
+
+    CPU runners zero the blocks of full-attention groups only, which need not cover what other
+    groups see of a block; GPU runners zero all.
+    """
+    if not current_platform.is_cpu():
+        return
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    original = CPUModelRunner._zero_block_ids
+    if getattr(original, "wrapped_by_sparsekv", False):
+        return
+
+    def zero_block_ids(self: Any, block_ids: list[int]) -> None:
+        original(self, block_ids)
+        for layer in self.compilation_config.static_forward_context.values():
+            if isinstance(layer, layer_type):
+                layer.zero_blocks(block_ids)
+
+    zero_block_ids.wrapped_by_sparsekv = True
+    CPUModelRunner._zero_block_ids = zero_block_ids
+
+
+def forget_cache_dtype_of_checkpoint(vllm_config: VllmConfig) -> str | None:
+    """Have the cache take the model's dtype where the checkpoint alone asks for another.
+
+    vLLM resolves ``auto`` to what ModelOpt's configuration says; llm-compressor's scheme it takes
+    up again in every layer.
+
+    Returns:
+        What the checkpoint asks for; None where it asks for nothing or the user for something else.
+    """
+    cache, quantization = vllm_config.cache_config, vllm_config.quant_config
+    described = getattr(vllm_config.model_config.hf_config, "quantization_config", None)
+    resolved = get_kv_cache_quant_algo_string(described) if isinstance(described, dict) else None
+    if resolved not in (None, "auto") and cache.cache_dtype == resolved:
+        cache.cache_dtype = "auto"
+        return resolved
+    if cache.cache_dtype == "auto" and getattr(quantization, "kv_cache_scheme", None):
+        quantization.kv_cache_scheme = None
+        return "fp8"
+    return None
 
 
 def layer_index(layer_name: str) -> int:

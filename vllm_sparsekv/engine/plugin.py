@@ -25,5 +25,13 @@ def backend_member() -> Any:
 
     member = compat.register_backend_member(BACKEND_NAME, BACKEND_PATH, backend_member)
     compat.watch_config(member, admit, refuse_unused_settings)
+    compat.watch_layers(_prepare_layers)
     compat.register_ring(RingSpec, RingManager)
     return member
+
+
+def _prepare_layers(*arguments: Any) -> None:
+    # The kernels it brings along are for workers only.
+    from vllm_sparsekv.engine.layers import prepare
+
+    prepare(*arguments)

@@ -27,18 +27,35 @@ from vllm_sparsekv.engine.compat import (
     MultipleOf,
     VllmConfig,
 )
-from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.layout import BLOCK_SIZE_MULTIPLE, SparseFormat
 
 
 @dataclass(frozen=True, kw_only=True)
 class RingSpec(CircularBufferSpec):
-    """m blocks of ``block_size`` slots each per request, together at least ``min_slots``."""
+    """A ring of at least ``min_slots`` slots a request, in blocks of the size of sparse pages.
 
+    Attributes:
+        block_size: N, tokens of a sparse page; a block of the ring has as many bytes.
+        token_bytes: bytes of a token in one KV head of a sparse page.
+        min_slots: slots a request needs.
+    """
+
+    token_bytes: int
     min_slots: int
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        page = self.block_size * self.num_kv_heads * self.token_bytes
+        # vLLM raises it where other layers' pages are larger.
+        object.__setattr__(self, "page_size_padded", max(page, self.page_size_padded or 0))
+
+    def get_num_kernel_states(self, kernel_block_size: int) -> int:
+        """Slots of a block; they have nothing to do with its N tokens."""
+        return self.page_size_padded // (self.num_heads * self.state_content_size_bytes)
 
     @property
     def blocks_per_request(self) -> int:
-        return math.ceil(self.min_slots / self.block_size)
+        return math.ceil(self.min_slots / self.num_states)
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         return self.blocks_per_request * self.page_size_bytes
@@ -127,9 +144,7 @@ class WindowBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        # Without a spec vLLM asks which block size the model should get, with one which sizes the
-        # ring itself can have.
-        return [MultipleOf(64 if kv_cache_spec is None else 1)]
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -137,38 +152,39 @@ class WindowBackend(AttentionBackend):
 
 
 class WindowLayer(torch.nn.Module, AttentionLayerBase):
-    """Registers the ring of one attention layer with vLLM.
+    """The ring of one attention layer, as vLLM sees it.
 
     Args:
         name: layer name; holds exactly one integer, the global layer index.
         num_kv_heads: KV heads on this rank.
         fmt: the cache format.
-        vllm_config: the engine's configuration.
 
     Attributes:
         kv_cache: (num_blocks, num_kv_heads, r, slot elements) model dtype, bound by vLLM.
     """
 
-    def __init__(
-        self, name: str, num_kv_heads: int, fmt: SparseFormat, vllm_config: VllmConfig
-    ) -> None:
+    def __init__(self, name: str, num_kv_heads: int, fmt: SparseFormat) -> None:
         super().__init__()
         self.layer_name = name
         self.num_kv_heads = num_kv_heads
         self.format = fmt
         self.kv_cache = torch.tensor([])
-        vllm_config.compilation_config.static_forward_context[name] = self
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return WindowBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> RingSpec:
         return RingSpec(
-            block_size=self.format.slots_per_block(vllm_config.cache_config.block_size),
+            block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.format.head_size,
             dtype=self.format.dtype,
             state_content_bytes=self.format.slot_bytes,
+            token_bytes=self.format.token_bytes,
             min_slots=self.format.min_ring_slots,
             dcp_sharded=False,
         )
+
+    def zero_blocks(self, blocks: list[int]) -> None:
+        """Forget what the ring's blocks hold."""
+        self.format.slots(self.kv_cache).tag[blocks] = 0

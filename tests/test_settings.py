@@ -18,7 +18,8 @@ DTYPES = {
 }
 WINDOW = "must be an integer >= 0 (tokens)"
 SETTINGS = (
-    "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window', 'basis']"
+    "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window', 'basis', "
+    "'skip_layers']"
 )
 
 

@@ -1,0 +1,106 @@
+"""What every attention layer of a built model gets: its format, its ring, or the dense backend.
+
+vLLM builds layers without saying which they are; once the model is there, :func:`prepare` goes
+over them by name. It runs in every worker, after weights have loaded and before vLLM plans the
+cache.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from vllm_sparsekv.engine import report
+from vllm_sparsekv.engine.admission import DEFAULT_BLOCK_SIZE, layer_format, settings_of
+from vllm_sparsekv.engine.backend import LayerCache, SparseKVBackend, SparseKVImpl
+from vllm_sparsekv.engine.compat import (
+    VllmConfig,
+    attention_layers,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    layer_index,
+    register_before,
+    zero_on_cpu,
+)
+from vllm_sparsekv.engine.skip import leave_dense, skipped_layers
+from vllm_sparsekv.engine.window import WindowLayer
+from vllm_sparsekv.format.basis import Basis, LayerMatrices, kv_heads_of_rank
+from vllm_sparsekv.format.basis_file import BasisFile
+from vllm_sparsekv.format.layout import SparseFormat
+
+
+def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> None:
+    """Prepare all attention layers of the model this process has built.
+
+    Args:
+        choose_block_size: vLLM's own choice, which asks backends for the size of their pages.
+
+    Raises:
+        ValueError: a layer needs what sparse pages do not support; names it.
+    """
+    layers = {
+        name: layer
+        for name, layer in attention_layers(vllm_config).items()
+        if isinstance(layer.impl, SparseKVImpl)
+    }
+    backends: dict[SparseFormat, type[SparseKVBackend]] = {}
+    for name, layer in layers.items():
+        _refuse_unsupported(name, layer)
+        fmt = layer_format(vllm_config, layer.head_size)
+        layer.attn_backend = backends.setdefault(fmt, SparseKVBackend.with_format(fmt))
+    choose_block_size()
+    if not layers:
+        return
+    cache = vllm_config.cache_config
+    if not cache.user_specified_block_size and not vllm_config.model_config.is_hybrid:
+        cache.block_size = DEFAULT_BLOCK_SIZE
+    skipped = skipped_layers(settings_of(vllm_config).skip_layers, vllm_config, layers)
+    sparse = {name: layer for name, layer in layers.items() if name not in skipped}
+    leave_dense(vllm_config, skipped, sparse)
+    _add_caches(vllm_config, sparse)
+    report.log_layers(vllm_config, sparse, skipped)
+
+
+def _refuse_unsupported(name: str, layer: Any) -> None:
+    """Refuse what admission cannot see in a model's configuration."""
+    found = None
+    if layer.attn_backend is not SparseKVBackend:
+        found = f"attention of its own ({layer.attn_backend.__name__})"
+    elif layer.head_size_v != layer.head_size:
+        found = f"keys of {layer.head_size} elements and values of {layer.head_size_v}"
+    if found:
+        raise ValueError(f"attention_backend=sparsekv: {name} has {found}, which is not supported")
+
+
+def _add_caches(vllm_config: VllmConfig, sparse: dict[str, Any]) -> None:
+    """Give each layer its cache, and vLLM the rings."""
+    readers = defaultdict(list)
+    for name, layer in sparse.items():
+        readers[layer.kv_sharing_target_layer_name or name].append(name)
+    rings = {}
+    for name, layer in sparse.items():
+        if layer.kv_sharing_target_layer_name:
+            layer.impl.cache = sparse[layer.kv_sharing_target_layer_name].impl.cache
+            continue
+        fmt = layer.attn_backend.format.with_full_ring(vllm_config.cache_config.block_size)
+        ring = WindowLayer(f"{name}.window", layer.num_kv_heads, fmt) if fmt.window else None
+        if ring is not None:
+            rings[name] = ring
+        layer.impl.cache = LayerCache(fmt, _basis(vllm_config, name, fmt), ring, readers[name][-1])
+    register_before(vllm_config, rings)
+    zero_on_cpu(WindowLayer)
+
+
+def _basis(vllm_config: VllmConfig, name: str, fmt: SparseFormat) -> Basis:
+    path, device = settings_of(vllm_config).basis, vllm_config.device_config.device
+    if path is None:
+        return Basis.of(fmt, device)
+    file = BasisFile.open(path)
+    heads = kv_heads_of_rank(
+        file.num_kv_heads,
+        get_tensor_model_parallel_rank(),
+        get_tensor_model_parallel_world_size(),
+    )
+    layer = file.layer(layer_index(name))
+    return Basis.calibrated(fmt, LayerMatrices(*(matrices[heads] for matrices in layer)), device)

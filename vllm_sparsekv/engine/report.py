@@ -1,0 +1,81 @@
+"""The start-up lines: what is effective, one for each kind of layer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from vllm_sparsekv.engine.admission import layer_format, settings_of
+from vllm_sparsekv.engine.backend import SparseKVBackend
+from vllm_sparsekv.engine.compat import VllmConfig, init_logger
+from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.settings import SparseKVConfig
+
+logger = init_logger("vllm.sparsekv")  # below "vllm", so that vLLM's handlers print it
+
+
+def log_layers(vllm_config: VllmConfig, sparse: dict[str, Any], skipped: dict[str, Any]) -> None:
+    """Log :func:`lines`, from the first worker of a node alone."""
+    for line in lines(vllm_config, sparse, skipped):
+        logger.info_once(line)
+
+
+def lines(vllm_config: VllmConfig, sparse: dict[str, Any], skipped: dict[str, Any]) -> list[str]:
+    """What the layers of this rank store.
+
+    Args:
+        sparse, skipped: layers by name, as :func:`vllm_sparsekv.engine.layers.prepare` leaves them.
+    """
+    asked, block_size = settings_of(vllm_config), vllm_config.cache_config.block_size
+    owners = [layer for layer in sparse.values() if not layer.kv_sharing_target_layer_name]
+    kinds = Counter(
+        (layer.sliding_window, layer.num_kv_heads, layer.impl.cache.format) for layer in owners
+    )
+    result = [
+        f"sparsekv: {count} {_kind(window)}: {_vectors(asked, fmt)}; "
+        f"{heads * fmt.token_bytes} bytes per token and layer against "
+        f"{heads * fmt.dense_token_bytes} dense ({fmt.dense_token_bytes / fmt.token_bytes:.2f}x); "
+        f"window {fmt.window} tokens ({asked.window} asked); block size {block_size}"
+        for (window, heads, fmt), count in kinds.items()
+    ]
+    if len(owners) < len(sparse):
+        result.append(f"sparsekv: {len(sparse) - len(owners)} layers read the cache of another")
+    if skipped:
+        result.append(_skipped_line(vllm_config, owners, skipped))
+    return result
+
+
+def _kind(sliding_window: int | None) -> str:
+    if sliding_window is None:
+        return "full-attention layers"
+    return f"sliding-window layers ({sliding_window} tokens)"
+
+
+def _vectors(asked: SparseKVConfig, fmt: SparseFormat) -> str:
+    return (
+        f"keys {asked.key_sparsity:.1%} asked, {fmt.key.sparsity:.1%} effective, "
+        f"{asked.key_dtype}; "
+        f"values {asked.value_sparsity:.1%} asked, {fmt.value.sparsity:.1%} effective, "
+        f"{asked.value_dtype}{'; calibrated' if asked.basis else ''}"
+    )
+
+
+def _skipped_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str, Any]) -> str:
+    """What skipping costs a request of ``max_model_len`` tokens, but for groups left unfilled."""
+
+    def size(layer: Any, backend: Any) -> int:
+        spec = backend.customize_spec(layer.get_kv_cache_spec(vllm_config))
+        return spec.max_memory_usage_bytes(vllm_config)
+
+    dense = [layer for layer in skipped.values() if not layer.kv_sharing_target_layer_name]
+    pages = sum(size(layer, layer.attn_backend) for layer in sparse)
+    left = sum(size(layer, layer.attn_backend) for layer in dense)
+    instead = sum(
+        size(layer, SparseKVBackend.with_format(layer_format(vllm_config, layer.head_size)))
+        for layer in dense
+    )
+    return (
+        f"sparsekv: {len(dense)} layers stay dense (skip_layers): a request of "
+        f"{vllm_config.model_config.max_model_len} tokens takes about "
+        f"{(pages + left) / (pages + instead):.2f}x the cache it takes without them"
+    )
