@@ -33,7 +33,7 @@ FAMILIES = [family for family in models.FAMILIES if family not in ("jamba", "lfm
 """vLLM's CPU build has no selective scan for Jamba, and its short convolution gives LFM2 other
 answers in a batch than alone, with the dense cache too; test_planning.py has both."""
 LENGTHS = (1, 39, 64, 70, 130, 500)
-BLOCKS = 34
+BLOCKS = 64
 
 
 def options(family: str) -> dict[str, Any]:
@@ -92,12 +92,12 @@ def test_whole_prompts_alone_and_together_and_preempted(
     """Few blocks: a crowd of requests outgrows them."""
     crowded = family != "qwen3_next"  # a state of it fills a block of a thousand tokens
     few = {"num_gpu_blocks_override": BLOCKS} if crowded else {}
-    crowd = prompts(1, (124,) * 14)
+    crowd = prompts(1, (124,) * 26)
     with start(model, LOSSLESS, **few, **options(family)) as llm:
         together = answers(llm)
         alone = [first_logprobs(generate(llm, [p], 1, logprobs=20)[0]) for p in prompts()]
         if crowded:
-            apart = [text for i in (0, 7) for text in texts(generate(llm, crowd[i : i + 7], 8))]
+            apart = [text for i in (0, 13) for text in texts(generate(llm, crowd[i : i + 13], 8))]
             assert llm.reset_prefix_cache() or family in STATE
             before = metric(llm, "vllm:num_preemptions")
             assert texts(generate(llm, crowd, 8)) == apart
@@ -162,7 +162,7 @@ def test_gemma_3_of_seven_layers_fills_uneven_groups(tmp_path: Path) -> None:
     path = models.build("gemma3_text", tmp_path, num_hidden_layers=7, layer_types=kinds)
     with start(path, None, dtype="float32") as llm:
         dense = answers(llm)
-    with start(path, LOSSLESS, dtype="float32", num_gpu_blocks_override=BLOCKS) as llm:
+    with start(path, LOSSLESS, dtype="float32", num_gpu_blocks_override=96) as llm:
         for _ in range(3):
             for answer, expected in zip(answers(llm), dense, strict=True):
                 assert_close(answer, expected, 2e-3)

@@ -167,6 +167,13 @@ def test_blocks_beside_state_layers_grow_from_our_bytes(tmp_path, model):
     assert pages.page_size_bytes == pages.block_size * token >= state
     assert pages.block_size == 64 or pages.page_size_bytes - 64 * token < state
     assert made.config.cache_config.block_size == pages.block_size
+    (line,) = [line for line in report.lines(made.config, {}, {}) if "state layers" in line]
+    count = model["num_hidden_layers"] - len(layers_of(model))
+    padding = pages.page_size_bytes / state - 1
+    assert line == (
+        f"sparsekv: {count} state layers stay vLLM's, in pages of {pages.block_size} tokens of "
+        f"ours padded by {padding:.1%}"
+    )
 
 
 def test_layers_of_several_head_sizes_share_pages(tmp_path):

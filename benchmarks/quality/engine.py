@@ -6,12 +6,14 @@ import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from quality.attention import RuleModel
 from quality.methods import DENSE, Method, sparse
+from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
 CHUNK = 64
@@ -68,7 +70,10 @@ def compare_routes(
     """
     config = SparseKVConfig.from_dict(settings)
     model = RuleModel(path, dtype)
-    method = sparse(config, model.head_size, dtype)
+    # The engine's window fills the blocks it takes.
+    fmt = SparseFormat.from_config(config, model.head_size, dtype)
+    window = fmt.with_full_ring(DEFAULT_BLOCK_SIZE).window
+    method = sparse(replace(config, window=window), model.head_size, dtype)
     lists = {name: tokens.tolist() for name, tokens in samples.items()}
     name = str(dtype).removeprefix("torch.")
     dense, tested = (

@@ -13,11 +13,10 @@ from vllm_sparsekv.engine.compat import (
     lookahead_tokens,
 )
 from vllm_sparsekv.format.basis_file import BasisFile
-from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
 SETTINGS_KEY = "sparsekv"
-DEFAULT_BLOCK_SIZE = 64
 ALIBI_MODELS = ("bloom", "step1")
 """Besides those whose configuration has a flag for it."""
 

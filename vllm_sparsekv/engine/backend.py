@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_sparsekv.engine.admission import DEFAULT_BLOCK_SIZE
 from vllm_sparsekv.engine.compat import (
     AttentionBackend,
     AttentionCGSupport,
@@ -24,7 +23,12 @@ from vllm_sparsekv.engine.compat import (
 from vllm_sparsekv.engine.plugin import BACKEND_NAME
 from vllm_sparsekv.engine.window import WindowLayer
 from vllm_sparsekv.format.basis import Basis, change
-from vllm_sparsekv.format.layout import BLOCK_SIZE_MULTIPLE, MODEL_DTYPES, SparseFormat
+from vllm_sparsekv.format.layout import (
+    BLOCK_SIZE_MULTIPLE,
+    DEFAULT_BLOCK_SIZE,
+    MODEL_DTYPES,
+    SparseFormat,
+)
 from vllm_sparsekv.kernels import api
 
 

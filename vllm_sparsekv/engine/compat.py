@@ -90,6 +90,7 @@ __all__ = [
     "register_before",
     "register_ring",
     "replace_backend",
+    "state_pages",
     "watch_config",
     "watch_layers",
     "workspace",
@@ -206,6 +207,17 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
     from vllm.model_executor.layers.attention import Attention
 
     return get_layers_from_vllm_config(vllm_config, Attention)
+
+
+def state_pages(vllm_config: VllmConfig) -> list[tuple[int, int]]:
+    """Bytes of a page and of the state in it, of each layer with a state (Mamba and its like)."""
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    specs = [
+        layer.get_kv_cache_spec(vllm_config)
+        for layer in layers.values()
+        if layer.get_attn_backend().is_ssm()
+    ]
+    return [(spec.page_size_bytes, spec.real_page_size_bytes) for spec in specs]
 
 
 def register_before(vllm_config: VllmConfig, companions: dict[str, AttentionLayerBase]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm_sparsekv.engine import report
-from vllm_sparsekv.engine.admission import DEFAULT_BLOCK_SIZE, layer_format, settings_of
+from vllm_sparsekv.engine.admission import layer_format, settings_of
 from vllm_sparsekv.engine.backend import LayerCache, SparseKVBackend, SparseKVImpl
 from vllm_sparsekv.engine.compat import (
     VllmConfig,
@@ -27,7 +27,7 @@ from vllm_sparsekv.engine.skip import leave_dense, skipped_layers
 from vllm_sparsekv.engine.window import WindowLayer
 from vllm_sparsekv.format.basis import Basis, LayerMatrices, kv_heads_of_rank
 from vllm_sparsekv.format.basis_file import BasisFile
-from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
 
 
 def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> None:

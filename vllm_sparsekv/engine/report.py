@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_sparsekv.engine.admission import layer_format, settings_of
 from vllm_sparsekv.engine.backend import SparseKVBackend
-from vllm_sparsekv.engine.compat import VllmConfig, init_logger
+from vllm_sparsekv.engine.compat import VllmConfig, init_logger, state_pages
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
@@ -40,6 +40,13 @@ def lines(vllm_config: VllmConfig, sparse: dict[str, Any], skipped: dict[str, An
     ]
     if len(owners) < len(sparse):
         result.append(f"sparsekv: {len(sparse) - len(owners)} layers read the cache of another")
+    states = state_pages(vllm_config)
+    if states:
+        page, state = states[0]
+        result.append(
+            f"sparsekv: {len(states)} state layers stay vLLM's, in pages of {block_size} tokens of "
+            f"ours padded by {page / state - 1:.1%}"
+        )
     if skipped:
         result.append(_skipped_line(vllm_config, owners, skipped))
     return result

@@ -36,6 +36,8 @@ from vllm_sparsekv.settings import SparseKVConfig
 
 TAG_BYTES = 8
 BLOCK_SIZE_MULTIPLE = 16
+DEFAULT_BLOCK_SIZE = 64
+"""Tokens; small enough for prefix caching to share most of a prompt."""
 MODEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
