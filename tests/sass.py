@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ from triton.compiler import ASTSource
 
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.attention import triton as attention
+from vllm_sparsekv.kernels.attention.arguments import Pages, Partial, Ring, Vectors
 from vllm_sparsekv.kernels.attention.launch import Launch, attend_constants, attend_options
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+OPTIONS = {"sliding_window", "soft_cap", "sinks"}
+ALIGNED = ":16"
+"""Ends a type in a signature, as Triton's own ahead-of-time compiler has it."""
 MANGLED = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -64,27 +69,31 @@ def attention_report(
     launch: Launch,
     group: int = 4,
     block_size: int = 64,
+    options: Collection[str] = (),
 ) -> Report:
     """Compile ``_attend`` ahead of time for a compute capability, times 10, and take it apart.
+
+    Args:
+        options: which of ``sliding_window``, ``soft_cap`` and ``sinks`` it is called with.
 
     Raises:
         RuntimeError: the loop over whole tiles cannot be told in the machine code.
     """
+    arguments = _argument_types(fmt, launch)
+    for name in OPTIONS - set(options):
+        arguments[name] = None
     constants = attend_constants(fmt, group, block_size, 8, launch, capability)
+    constants |= {name: None for name, kind in arguments.items() if kind is None}
     signature = {
-        name: "constexpr" if name in constants else _type_of(name, fmt)
+        name: "constexpr" if name in constants else arguments[name]
         for name in attention._attend.arg_names
     }
-    # As at run time: base pointers and the strides of pages and vectors are multiples of 16.
-    aligned = [
-        (i,)
-        for i, name in enumerate(attention._attend.arg_names)
-        if signature[name].startswith("*")
-        or name.startswith(("query_", "key_", "value_", "page_", "out_"))
-        and signature[name] == "i32"
-    ]
+    aligned = _aligned(tuple(signature.values()))
     source = ASTSource(
-        attention._attend, signature, constants, {i: [["tt.divisibility", 16]] for i in aligned}
+        attention._attend,
+        {name: _without_alignment(kind) for name, kind in signature.items()},
+        constants,
+        {path: [["tt.divisibility", 16]] for path in aligned},
     )
     compiled = triton.compile(
         source,
@@ -119,16 +128,39 @@ def resources(
     return tuple(int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
 
 
-def _type_of(name: str, fmt: SparseFormat) -> str:
-    model = "*" + MANGLED[fmt.dtype]
-    kinds = {
-        model: ("query", "key", "value", "window", "out"),
-        "*u8": ("pages",),
-        "*fp32": ("partial", "lse"),
-        "fp32": ("scale",),
-        "*i32": ("tags", "query_start_loc", "seq_lens", "block_table", "window_block_table"),
+def _argument_types(fmt: SparseFormat, launch: Launch) -> dict[str, Any]:
+    """Of ``_attend``, with all options; aligned as at run time, None for what is not there.
+
+    Base pointers and the strides of pages and vectors are multiples of 16.
+    """
+    model = "*" + MANGLED[fmt.dtype] + ALIGNED
+    indices, stride = "*i32" + ALIGNED, "i32" + ALIGNED
+    vectors = Vectors(model, stride, stride)
+    ring = Ring(model, "i32", "i32", "i32", indices, "i32", "i32", "i32", indices, "i32")
+    partial = Partial("*fp32" + ALIGNED, "*fp32" + ALIGNED)
+    return {
+        **dict.fromkeys(("query", "key", "value", "out"), vectors),
+        "pages": Pages("*u8" + ALIGNED, stride, stride, indices, "i32"),
+        "ring": ring if fmt.window else None,
+        "partial": partial if launch.splits > 1 else None,
+        **dict.fromkeys(("query_start_loc", "seq_lens"), indices),
+        **dict.fromkeys(("num_reqs", "num_tokens", "ring_slots", "sliding_window"), "i32"),
+        **dict.fromkeys(("scale", "soft_cap"), "fp32"),
+        "sinks": model,
     }
-    return next((kind for kind, names in kinds.items() if name in names), "i32")
+
+
+def _aligned(kind: Any, path: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
+    """Where in nested types aligned ones are."""
+    if isinstance(kind, str):
+        return [path] if kind.endswith(ALIGNED) else []
+    return [found for i, part in enumerate(kind) for found in _aligned(part, (*path, i))]
+
+
+def _without_alignment(kind: Any) -> Any:
+    if isinstance(kind, str):
+        return kind.removesuffix(ALIGNED)
+    return type(kind)(*map(_without_alignment, kind))
 
 
 def _report(compiled: Any, elements: float) -> Report:

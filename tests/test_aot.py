@@ -51,11 +51,14 @@ def cache_format(cache, head_size=128):
     return SparseFormat.from_config(config, head_size, torch.bfloat16)
 
 
-def report(capability, cache, head_size=128, rows=8, block_size=64):
+def report(capability, cache, head_size=128, rows=8, block_size=64, options=()):
     fmt = cache_format(cache, head_size)
     tile, num_warps = tile_and_warps(rows, head_size)
     launch = Launch(rows, tile, 8, num_warps)
-    return sass.attention_report(fmt, capability, launch, block_size=block_size), launch
+    measured = sass.attention_report(
+        fmt, capability, launch, block_size=block_size, options=options
+    )
+    return measured, launch
 
 
 def warps_resident(measured, launch, capability):
@@ -132,6 +135,46 @@ def test_decode(capability, head_size, cache):
 )
 def test_other_shapes_do_not_spill(cache, head_size, rows, block_size):
     measured, launch = report(90, cache, head_size, rows, block_size)
+    assert measured.stack == 0, f"spills: {measured}"
+    assert warps_resident(measured, launch, 90) >= 4, str(measured)
+
+
+@pytest.mark.parametrize(
+    ("options", "more"), [("sliding_window sinks", 0), ("sliding_window soft_cap sinks", 0.7)]
+)
+@pytest.mark.parametrize(
+    ("capability", "head_size", "cache"),
+    [
+        (80, 128, "int4"),
+        (90, 64, "int4"),
+        (90, 96, "int4_int2, int3"),
+        (90, 128, "fp8"),
+        (90, 128, "all int4, int3"),
+        (100, 128, "int4"),
+    ],
+)
+def test_decode_with_options(capability, head_size, cache, options, more):
+    """Sliding windows and sinks cost whole tiles nothing, soft caps a little per score."""
+    measured, launch = report(capability, cache, head_size, options=options.split())
+    plain, _ = report(capability, cache, head_size)
+    assert measured.stack == 0, f"spills: {measured}"
+    assert measured.per_element <= DECODE[capability, head_size, cache] + more, str(measured)
+    warps = [warps_resident(x, launch, capability) for x in (measured, plain)]
+    assert warps[0] == warps[1], f"{measured}, {plain}"
+
+
+@pytest.mark.parametrize(
+    ("cache", "head_size", "rows", "block_size"),
+    [
+        ("fp8", 64, 16, 16),
+        ("all int4, int3", 64, 16, 64),
+        ("int4", 256, 8, 64),
+        ("auto", 256, 16, 16),
+        ("int4_int2, int3", 128, 32, 64),
+    ],
+)
+def test_other_shapes_do_not_spill_with_options(cache, head_size, rows, block_size):
+    measured, launch = report(90, cache, head_size, rows, block_size, sass.OPTIONS)
     assert measured.stack == 0, f"spills: {measured}"
     assert warps_resident(measured, launch, 90) >= 4, str(measured)
 

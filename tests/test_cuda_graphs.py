@@ -5,6 +5,7 @@ The wrappers run on meta tensors, which have no contents: whatever looked at a l
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,10 +37,17 @@ class Launches:
 
     def __getitem__(self, grid: tuple[int, ...]):
         def launched(*arguments: Any, **constants: Any) -> None:
-            plain = [x for x in arguments if not isinstance(x, torch.Tensor)]
-            self.seen.append((grid, plain, constants))
+            self.seen.append((grid, list(_plain(arguments)), constants))
 
         return launched
+
+
+def _plain(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    for x in arguments:
+        if isinstance(x, tuple):
+            yield from _plain(x)
+        elif not isinstance(x, torch.Tensor):
+            yield x
 
 
 @pytest.fixture
@@ -53,7 +61,9 @@ def launches(monkeypatch):
     return seen.seen
 
 
-def step(requests: int, query_len: int, workspace: int | None = None) -> None:
+def step(
+    requests: int, query_len: int, workspace: int | None = None, sliding_window: int | None = None
+) -> None:
     """A uniform decode step of a padded batch: pack, attend, write the window."""
     fmt = SparseFormat.from_config(
         SparseKVConfig(0.0, 0.5, "int4", "int4", 64), SIZE, torch.bfloat16, lookahead=query_len - 1
@@ -86,27 +96,30 @@ def step(requests: int, query_len: int, workspace: int | None = None) -> None:
         SIZE**-0.5,
         fmt,
         out,
+        sliding_window=sliding_window,
         workspace=None if workspace is None else meta(workspace, dtype=torch.float32),
     )
     window.write_window(key, value, cells, starts, lengths, mapping, window_table, fmt)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 1024])
 @pytest.mark.parametrize("query_len", [1, 4])
 @pytest.mark.parametrize("requests", [1, 7, 64, 512])
-def test_launches_follow_from_shapes_alone(launches, requests, query_len):
-    step(requests, query_len)
+def test_launches_follow_from_shapes_alone(launches, requests, query_len, sliding_window):
+    step(requests, query_len, sliding_window=sliding_window)
     first, launches[:] = list(launches), []
-    step(requests, query_len)
+    step(requests, query_len, sliding_window=sliding_window)
     assert launches == first
     assert len(first) in (3, 4)
 
 
+@pytest.mark.parametrize("sliding_window", [None, 1024])
 @pytest.mark.parametrize("requests", [1, 3, 8, 64, 300, 2048])
 @pytest.mark.parametrize("query_len", [1, 2, 5, 33])
-def test_every_batch_fits_the_largest_workspace(launches, requests, query_len):
+def test_every_batch_fits_the_largest_workspace(launches, requests, query_len, sliding_window):
     largest = launch.max_workspace_elements(torch.device("meta"), HEADS // KV_HEADS, SIZE)
     assert largest == 4 * H200 * 32 * (SIZE + 1)
-    step(requests, query_len, workspace=largest)
+    step(requests, query_len, largest, sliding_window)
 
 
 def test_few_variants_to_compile(launches):
@@ -121,6 +134,15 @@ def test_one_request_fills_the_card(launches):
     step(1, 1)
     grids = [grid for grid, _, constants in launches if "TILE" in constants]
     assert H200 <= grids[0][0] * grids[0][1] * grids[0][2] <= 8 * H200
+
+
+def test_a_sliding_window_is_split_no_further_than_pays(launches):
+    """Into parts of at least 4 tiles; windows share a compiled kernel."""
+    for sliding_window in (128, 1024, 4096):
+        step(1, 1, sliding_window=sliding_window)
+    attend = [(grid, constants) for grid, _, constants in launches if "TILE" in constants]
+    assert [grid[2] for grid, _ in attend] == [2, 9, 33]
+    assert len({str(sorted(constants.items())) for _, constants in attend}) == 1
 
 
 def test_every_group_supports_full_graphs_of_uniform_batches():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from helpers import (
     attention_error,
     build_case,
 )
-from ragged import RAGGED_MATRIX, WHOLE_MATRIX
+from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 
 from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.kernels.cpu import build, ops
@@ -63,7 +64,7 @@ def assert_same_memory(case: Case, expected: Case) -> None:
         assert_same_bytes(case.window, expected.window)
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX + SCORE_MATRIX, ids=str)
 def test_ragged_matrix(spec, isa):
     case = build_case(spec, NATIVE)
     assert_same_memory(case, reference_case(spec))
@@ -216,12 +217,85 @@ def resident(name: str) -> int:
     return int(line.split()[1]) << 10
 
 
-def test_unequal_parts_of_one_long_request(isa, threads):
-    """Few pairs of request and KV head: the history is split and merged."""
+UNEQUAL = CaseSpec(
+    (Request(4097, 1), Request(33, 2)), num_kv_heads=1, group=3, key_dtype="fp8", seed=3
+)
+"""Few pairs of request and KV head: with two threads the history is split and merged."""
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"sinks": True}, {"sinks": True, "sliding_window": 1000, "soft_cap": 1.5}]
+)
+def test_unequal_parts_of_one_long_request(isa, threads, options):
+    assert_attention(build_case(replace(UNEQUAL, **options), NATIVE), NATIVE)
+
+
+@pytest.mark.parametrize(
+    "context, query, sliding_window, group",
+    [(3000, 700, 100, 1), (3000, 700, 100, 3), (3000, 40, 600, 3), (1000, 700, 600, 1)],
+)
+def test_a_sliding_window_over_tiles_and_parts(isa, threads, context, query, sliding_window, group):
+    """Tiles that see less and less of the history; in the last case some have empty parts."""
     spec = CaseSpec(
-        (Request(4097, 1), Request(33, 2)), num_kv_heads=1, group=3, key_dtype="fp8", seed=3
+        (Request(context, query),), num_kv_heads=1, group=group, sliding_window=sliding_window
     )
-    assert_attention(build_case(spec, NATIVE), NATIVE)
+    assert_attention(reference_case(spec), NATIVE)
+
+
+@pytest.mark.parametrize("group", [1, 3])
+def test_nan_that_the_sliding_window_has_passed_is_not_seen(isa, threads, group):
+    """Of a key by any query, of a value by any tile of queries."""
+    spec = CaseSpec(
+        (Request(400, 300),), num_kv_heads=1, group=group, sliding_window=100, padding=0
+    )
+    case = build_case(spec)
+    expected = case.attend(NATIVE)
+    oldest = 400 - 100 + 1
+    block = case.block_table[0, oldest // 64].long()
+    case.fmt.sections(case.pages).key_values[block, :, oldest % 64] = 0xFF
+    out = case.attend(NATIVE)
+    assert out[0].isnan().all()
+    assert_same_bytes(out[1:], expected[1:])
+
+    case = build_case(spec)
+    case.key[0] = torch.nan
+    out = case.attend(NATIVE)
+    assert out[:100].isnan().all()
+    assert_same_bytes(out[100:], expected[100:])
+    case = build_case(spec)
+    case.value[0] = torch.nan
+    assert_same_bytes(case.attend(NATIVE)[200:], expected[200:])
+
+    case = build_case(replace(spec, sliding_window=20))
+    expected = case.attend(NATIVE)
+    slots = case.fmt.slots(case.window)
+    slots.value[slots.tag - 1 < 400 - 20 + 1] = torch.nan
+    assert_same_bytes(case.attend(NATIVE), expected)
+
+
+@pytest.mark.parametrize("soft_cap, factor", [(1e4, 1), (30, 30), (30, 300), (1.5, 1e30)])
+@pytest.mark.parametrize("query_len", [1, 40])
+def test_soft_caps_of_tiny_and_of_huge_scores(isa, soft_cap, factor, query_len):
+    spec = CaseSpec((Request(200, query_len), Request(7, 2)), soft_cap=soft_cap)
+    case = build_case(spec)
+    case.query.mul_(factor)
+    budget = 4 * attention_error(case) + 2 * torch.finfo(torch.float32).eps
+    assert attention_error(case, NATIVE) <= budget
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, -1e30, 1e4])
+def test_extreme_sinks(isa, threads, sink):
+    """One that nobody looks at changes nothing, one that takes everything leaves zeros."""
+    case = build_case(replace(UNEQUAL, sinks=True))
+    case.sinks.fill_(sink)
+    expected = reference_case(UNEQUAL).attend() if sink < 0 else torch.zeros(3, 3, 64)
+    torch.testing.assert_close(case.attend(NATIVE), expected, rtol=0, atol=3e-6)
+
+
+def test_sinks_of_any_stride():
+    case = build_case(replace(UNEQUAL, sinks=True))
+    wide = case.sinks.repeat_interleave(2).double()
+    assert_attention(replace(case, sinks=wide[::2]), NATIVE)
 
 
 def test_tensors_of_a_fused_projection(isa):
@@ -237,13 +311,23 @@ def test_tensors_of_a_fused_projection(isa):
     assert wide[..., 1::2].isnan().all()
 
 
-def test_operators_under_torch_compile():
-    case = build_case(CaseSpec((Request(100, 3), Request(40, 1)), padding=0))
+@pytest.mark.parametrize("options", [{}, {"sliding_window": 50, "soft_cap": 1.5, "sinks": True}])
+def test_operators_under_torch_compile(options):
+    case = build_case(CaseSpec((Request(100, 3), Request(40, 1)), padding=0, **options))
 
     @torch.compile(fullgraph=True, backend="aot_eager")
     def step(query, key, value, pages, window, slot_mapping, out):
         ops.pack(key, value, slot_mapping, pages, case.fmt)
-        ops.sparse_attention(query, key, value, pages, window, *case.attention_args()[5:], out)
+        ops.sparse_attention(
+            query,
+            key,
+            value,
+            pages,
+            window,
+            *case.attention_args()[5:],
+            out,
+            **case.attention_options(),
+        )
         ops.write_window(
             key,
             value,

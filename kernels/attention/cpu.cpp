@@ -11,7 +11,6 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
-constexpr float LOG2_E = 1.44269504088896341f;
 constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense tile pays
 
 enum class Source { PAGES, DENSE_ROWS };
@@ -32,8 +31,11 @@ class Worker {
     void attend(int64_t number) {
         begin(number);
         const Request& request = *unit_.request;
-        const int64_t blocks = (request.context + call_.block_size - 1) / call_.block_size;
-        add_pages(blocks * unit_.part / request.parts, blocks * (unit_.part + 1) / request.parts);
+        const int64_t first = first_seen_ / call_.block_size;
+        const int64_t end = (request.context + call_.block_size - 1) / call_.block_size;
+        const int64_t blocks = end > first ? end - first : 0;
+        if (unit_.part == 0) add_sinks();
+        add_pages(first + blocks * unit_.part / request.parts, first + blocks * (unit_.part + 1) / request.parts);
         if (unit_.part + 1 == request.parts) {
             add_window();
             add_step();
@@ -83,6 +85,7 @@ class Worker {
         unit_ = plan_.unit(number);
         rows_ = unit_.queries * plan_.group;
         first_token_ = call_.query_start_loc[unit_.index];
+        first_seen_ = plan_.first_seen(*unit_.request, unit_.first_query);
         step_begin_ = INT32_MAX / 2;
         result_.clear(rows_, size_);
         const float scale = call_.scale * LOG2_E;
@@ -103,7 +106,7 @@ class Worker {
         return base + (token * stride + unit_.head * plan_.group * size_) * layout_.element_bytes();
     }
 
-    // The pruned history in blocks [first, last), without what the ring holds.
+    // The pruned history that is seen in blocks [first, last), without what the ring holds.
     void add_pages(int64_t first, int64_t last) {
         const int context = unit_.request->context, block_size = call_.block_size;
         const int32_t* table = call_.block_table + unit_.index * call_.block_table_stride;
@@ -112,7 +115,7 @@ class Worker {
             if (block + 1 < last) expect(page_tile(table[block + 1]));
             const int start = static_cast<int>(block) * block_size;
             const int end = start + block_size < context ? start + block_size : context;
-            for (int i = start; i < end;) {
+            for (int i = start > first_seen_ ? start : first_seen_; i < end;) {
                 int stop = i;
                 if (end + layout_.window <= context) stop = end;
                 while (stop < end && !ring_slot(stop)) ++stop;
@@ -121,12 +124,14 @@ class Worker {
                     const bool in_place = take == BATCH && table[block] + 1 < call_.num_blocks;
                     key_.add_run(tile.key, i - start, take, batch_, in_place);
                     value_.add_run(tile.value, i - start, take, batch_, in_place);
+                    for (int j = 0; j < take; ++j) positions_[batch_ + j] = i + j;
                     batch_ += take;
                     i += take;
                     if (batch_ == BATCH) fold(Source::PAGES);
                 }
                 while (i < end && ring_slot(i)) ++i;
             }
+            if (start < first_seen_) fold(Source::PAGES);  // so that whole blocks follow, read in place
         }
         fold(Source::PAGES);
     }
@@ -139,6 +144,12 @@ class Worker {
         ahead_.next = tile;
         ahead_.end = tile + call_.block_size * layout_.token_bytes();
         ahead_.piece = layout_.token_bytes() + 8;
+    }
+
+    void add_sinks() {
+        if (!call_.sinks) return;
+        const float* sinks = call_.sinks + unit_.head * plan_.group;
+        for (int row = 0; row < rows_; ++row) result_.add_sink(row, sinks[row % plan_.group] * LOG2_E);
     }
 
     // The ring's dense copy of a computed position, or nullptr where it must be read pruned.
@@ -157,31 +168,37 @@ class Worker {
 
     void add_window() {
         const int context = unit_.request->context;
-        for (int i = context > layout_.window ? context - layout_.window : 0; i < context; ++i)
-            if (const uint8_t* slot = ring_slot(i)) add_dense(slot, slot + layout_.row_bytes());
-        step_begin_ = batch_;
+        const int held = context > layout_.window ? context - layout_.window : 0;
+        for (int i = held > first_seen_ ? held : first_seen_; i < context; ++i)
+            if (const uint8_t* slot = ring_slot(i)) add_dense(slot, slot + layout_.row_bytes(), i);
     }
 
     void add_step() {
-        const int last = unit_.first_query + unit_.queries;
-        for (int i = 0; i < last; ++i) {
+        const int context = unit_.request->context, last = unit_.first_query + unit_.queries;
+        const int first = first_seen_ > context ? first_seen_ - context : 0;
+        step_begin_ = batch_ - first;
+        for (int i = first; i < last; ++i) {
             const int64_t token = first_token_ + i, head = unit_.head * size_;
             add_dense(call_.key + (token * call_.key_stride + head) * layout_.element_bytes(),
-                      call_.value + (token * call_.value_stride + head) * layout_.element_bytes());
+                      call_.value + (token * call_.value_stride + head) * layout_.element_bytes(), context + i);
         }
         fold(Source::DENSE_ROWS);
     }
 
-    void add_dense(const uint8_t* key, const uint8_t* value) {
+    void add_dense(const uint8_t* key, const uint8_t* value, int position) {
+        positions_[batch_] = position;
         key_.add_row(layout_.storage, key, batch_);
         value_.add_row(layout_.storage, value, batch_);
         if (++batch_ == BATCH) fold(Source::DENSE_ROWS);
     }
 
-    // Keys of the batch that a query of the unit may see.
-    int visible(int query) const {
+    // What a query of the unit sees of the batch.
+    Visible visible(int query) const {
+        const int first = plan_.first_seen(*unit_.request, unit_.first_query + query);
+        int passed = 0;
+        while (passed < batch_ && positions_[passed] < first) ++passed;
         const int keys = step_begin_ + unit_.first_query + query + 1;
-        return keys < 0 ? 0 : keys < batch_ ? keys : batch_;
+        return {passed, keys < 0 ? 0 : keys < batch_ ? keys : batch_};
     }
 
     void fold(Source source) {
@@ -191,7 +208,7 @@ class Worker {
         const int key_storage = key_.storage(dense), value_storage = value_.storage(dense);
         if (rows_ < MATRIX_ROWS) {
             score(key_storage, key);
-            weigh(dense, key, value);
+            weigh(key, value);
             for (int row = 0; row < rows_; row += ROW_BLOCK)
                 weigh_kernel(value_storage, block_rows(row))(
                     scores_ + row * BATCH, value, batch_, size_, result_.weighted + row * size_, ahead_);
@@ -200,7 +217,7 @@ class Worker {
             const int columns = round_up(batch_, LANES);
             transpose_rows(dense_rows(key_storage, key), columns, size_, transposed_);
             product(query_, size_, transposed_, BATCH, scores_, BATCH, rows_, size_, columns, false);
-            weigh(dense, key, value);
+            weigh(key, value);
             product(scores_, BATCH, dense_rows(value_storage, value), size_, result_.weighted, size_, rows_,
                     batch_, size_, true);
         }
@@ -228,10 +245,12 @@ class Worker {
         return dense_;
     }
 
-    void weigh(bool dense, const Vectors& key, const Vectors& value) {
-        for (int row = 0; row < rows_; ++row) {
-            const int keys = dense ? visible(row / plan_.group) : batch_;
-            result_.weigh(scores_ + row * BATCH, row, keys, batch_, size_, key.units, value.units);
+    void weigh(const Vectors& key, const Vectors& value) {
+        const float soft_cap = call_.soft_cap * LOG2_E;
+        for (int query = 0, row = 0; query < unit_.queries; ++query) {
+            const Visible seen = visible(query);
+            for (int head = 0; head < plan_.group; ++head, ++row)
+                result_.weigh(scores_ + row * BATCH, row, seen, batch_, size_, key.units, value.units, soft_cap);
         }
     }
 
@@ -255,11 +274,13 @@ class Worker {
 
     Unit unit_;
     int64_t first_token_ = 0;  // of the unit's request in this step
+    int first_seen_ = 0;       // position, of any query of the unit
     int rows_ = 0;
     float *query_, *code_query_, *scores_;
     Accumulator result_{nullptr, 0};
 
     int batch_ = 0;  // keys collected
+    int positions_[BATCH];
     Batch key_, value_;
     Ahead ahead_;
     float *dense_ = nullptr, *transposed_ = nullptr;

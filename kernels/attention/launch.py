@@ -42,21 +42,29 @@ class Launch(NamedTuple):
 
 
 def choose_launch(
-    query: torch.Tensor, num_kv_heads: int, num_reqs: int, max_context: int
+    query: torch.Tensor,
+    num_kv_heads: int,
+    num_reqs: int,
+    max_context: int,
+    sliding_window: int | None = None,
 ) -> Launch:
     """Sizes for a step; looks at shapes and the device only.
 
     Args:
         query: (num_tokens, num_heads, D).
         max_context: tokens the block table has room for.
+        sliding_window: as of the reference's ``sparse_attention``.
     """
     num_tokens, num_heads, size = query.shape
     group = num_heads // num_kv_heads
-    wanted = triton.next_power_of_2(triton.cdiv(num_tokens, num_reqs) * group)
+    step = triton.cdiv(num_tokens, num_reqs)
+    wanted = triton.next_power_of_2(step * group)
     rows = max(min(wanted, MAX_ROWS), 8, triton.next_power_of_2(group))
     words = unpacks_words(size, query.element_size(), capability(query.device))
     tile, num_warps = tile_and_warps(rows, size, words)
     programs = (num_tokens // (rows // group) + num_reqs) * num_kv_heads
+    if sliding_window is not None:
+        max_context = min(max_context, sliding_window + step)
     useful = triton.cdiv(max_context, tile * MIN_TILES.value)
     splits = max(1, min(_max_programs(query.device) // programs, useful))
     return Launch(rows, tile, splits, num_warps)
@@ -144,7 +152,6 @@ def attend_constants(
         "ROWS": launch.rows,
         "TILE": launch.tile,
         "DENSE_TILE": DENSE_TILE // 2 if rest and launch.rows > 8 else DENSE_TILE,
-        "SPLIT": launch.splits > 1,
         **vectors(fmt, block_size),
         "WORDS": target if words else 0,
         "STAGES": 1,
@@ -161,9 +168,10 @@ def attend_options(fmt: SparseFormat, launch: Launch, target: int) -> dict[str, 
     """
     options = {"num_warps": launch.num_warps}
     size = fmt.head_size
+    narrow = launch.rows <= 8 and size <= 128 or launch.rows <= 16 and size <= 64
     if 80 <= target < 90:
         options["maxnreg"] = 255
-    elif launch.rows <= 8 and size <= 128 and unpacks_words(size, fmt.dtype.itemsize, target):
+    elif narrow and unpacks_words(size, fmt.dtype.itemsize, target):
         if parts(size)[1]:
             options["maxnreg"] = 255
         elif size <= 64 or target < 100 or fmt.key.codec.bits < 16:

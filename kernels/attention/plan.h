@@ -17,16 +17,19 @@ struct AttentionCall {
     uint8_t* out;
     const uint8_t *pages, *window;
     const int32_t *query_start_loc, *seq_lens, *block_table, *window_block_table;
+    const float* sinks;  // one per query head, or nullptr
     int64_t query_stride, key_stride, value_stride, out_stride;
     int64_t page_stride, page_head_stride, window_stride, window_head_stride;
     int64_t block_table_stride, window_block_table_stride;
     int32_t num_reqs, num_heads, num_kv_heads, num_blocks, block_size, slots_per_block, blocks_per_ring;
     int32_t num_threads;
+    int32_t sliding_window;  // 0: none
     float scale;
+    float soft_cap;  // 0: none
     Layout layout;
 };
 
-// The units of one request: per KV head, per tile of queries, per part of the history.
+// The units of one request: per KV head, per tile of queries, per part of the history the tile sees.
 struct Request {
     int32_t context, query_len, tiles, parts;
     int64_t first_unit;
@@ -45,6 +48,7 @@ struct Plan {
     Request* requests;
     int group;         // query heads per KV head
     int tile_queries;  // queries of one unit at most
+    int reach;         // positions a query sees at most, its own included
     int rows = 0;      // rows of one unit at most
     int64_t units = 0, partials = 0;
 
@@ -52,13 +56,15 @@ struct Plan {
     Plan(const AttentionCall& call, Request* requests) : call(call), requests(requests) {
         group = call.num_heads / call.num_kv_heads;
         tile_queries = group >= TILE_ROWS ? 1 : TILE_ROWS / group;
+        reach = call.sliding_window ? call.sliding_window : INT32_MAX;
         int64_t tokens = 0;
         for (int i = 0; i < call.num_reqs; ++i) {
             Request& request = requests[i];
             request.query_len = call.query_start_loc[i + 1] - call.query_start_loc[i];
             request.context = call.seq_lens[i] - request.query_len;
             request.tiles = (request.query_len + tile_queries - 1) / tile_queries;
-            tokens += int64_t(request.tiles) * call.num_kv_heads * request.context;
+            for (int tile = 0; tile < request.tiles; ++tile)
+                tokens += int64_t(call.num_kv_heads) * history(request, tile * tile_queries);
             const int queries = request.query_len < tile_queries ? request.query_len : tile_queries;
             if (queries * group > rows) rows = queries * group;
         }
@@ -67,14 +73,28 @@ struct Plan {
         for (int i = 0; i < call.num_reqs; ++i) {
             Request& request = requests[i];
             request.parts = 1;
-            if (call.num_threads > 1 && request.context > part)
-                request.parts = static_cast<int32_t>((request.context + part - 1) / part);
+            // No tile sees more of the history than the first one.
+            const int longest = history(request, 0);
+            if (call.num_threads > 1 && longest > part)
+                request.parts = static_cast<int32_t>((longest + part - 1) / part);
             request.first_unit = units;
             request.first_partial = partials;
             const int64_t count = int64_t(call.num_kv_heads) * request.tiles * request.parts;
             units += count;
             if (request.parts > 1) partials += count;
         }
+    }
+
+    // The first position that a query of the request sees.
+    int first_seen(const Request& request, int query) const {
+        const int first = request.context + query - reach + 1;
+        return first > 0 ? first : 0;
+    }
+
+    // Tokens of the history that a query of the request sees.
+    int history(const Request& request, int query) const {
+        const int first = first_seen(request, query);
+        return first < request.context ? request.context - first : 0;
     }
 
     Unit unit(int64_t number) const {

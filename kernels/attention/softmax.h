@@ -7,6 +7,11 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
+// The keys [begin, end) of a batch.
+struct Visible {
+    int begin, end;
+};
+
 // Running maximum and sum of each row and its weighted sum of values so far.
 struct Accumulator {
     float* maximum;   // rows
@@ -26,20 +31,21 @@ struct Accumulator {
         memset(weighted, 0, sizeof(float) * rows * head_size);
     }
 
-    // Scores of a row's first `visible` keys to weights, in place; those of the n - visible others
-    // and of the padding up to a multiple of LANES become 0. The scores lack the keys' units, the
-    // weights include the values' units.
+    // Adds a key of this score and of value 0 to an empty row.
+    void add_sink(int row, float score) {
+        maximum[row] = score;
+        total[row] = 1;
+    }
+
+    // Scores of a row's visible keys of n to weights, in place; those of the others and of the padding
+    // up to a multiple of LANES become 0. The scores lack the keys' units and the cap, where it is not
+    // 0; the weights include the values' units.
     void weigh(
-        float* scores, int row, int visible, int n, int head_size, const float* key_units,
-        const float* value_units) {
+        float* scores, int row, Visible visible, int n, int head_size, const float* key_units,
+        const float* value_units, float soft_cap) {
         const int padded = round_up(n, LANES);
-        F greatest = broadcast(-INFINITY);
-        for (int i = 0; i < padded; i += LANES) {
-            store(scores + i, load(scores + i) * load(key_units + i));
-            for (int j = visible > i ? visible : i; j < i + LANES; ++j) scores[j] = -INFINITY;
-            greatest = max(load(scores + i), greatest);
-        }
-        const float seen = largest(greatest);
+        const float seen = soft_cap == 0 ? complete<false>(scores, visible, padded, key_units, soft_cap)
+                                         : complete<true>(scores, visible, padded, key_units, soft_cap);
         if (!(seen <= maximum[row])) rescale(row, seen, head_size);
         const float shift = maximum[row] == -INFINITY ? 0.f : maximum[row];
         F sums{};
@@ -61,6 +67,22 @@ struct Accumulator {
     }
 
   private:
+    // Applies units, cap and mask; returns the largest score.
+    template <bool CAPPED>
+    static float complete(
+        float* scores, Visible visible, int padded, const float* key_units, float soft_cap) {
+        F greatest = broadcast(-INFINITY);
+        for (int i = 0; i < padded; i += LANES) {
+            F score = load(scores + i) * load(key_units + i);
+            if constexpr (CAPPED) score = soft_cap * tanh(score * (1 / soft_cap));
+            store(scores + i, score);
+            for (int j = i; j < visible.begin && j < i + LANES; ++j) scores[j] = -INFINITY;
+            for (int j = visible.end > i ? visible.end : i; j < i + LANES; ++j) scores[j] = -INFINITY;
+            greatest = max(load(scores + i), greatest);
+        }
+        return largest(greatest);
+    }
+
     void rescale(int row, float new_maximum, int head_size) {
         const float factor = weight(maximum[row], new_maximum);
         maximum[row] = new_maximum;

@@ -1,22 +1,59 @@
-"""Online softmax in Triton, what the attention kernel shares: one tile, and the splits' merge."""
+"""Online softmax in Triton: tiles of scores, soft caps, sinks, and what a program leaves."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
+from vllm_sparsekv.kernels.attention.arguments import vectors_at
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Scores are in base 2."""
+
+
+class Softmax(NamedTuple):
+    """Values weighted by 2 ** (score - maximum), by row: float32.
+
+    Attributes:
+        maximum: (ROWS,), -inf where nothing was seen.
+        total: (ROWS,), sums of the weights.
+        weighted: (ROWS, PADDED), weighted sums of the values.
+    """
+
+    maximum: Any
+    total: Any
+    weighted: Any
+
 
 @triton.jit
-def fold(maximum, total, weighted, scores, v):
-    """Online softmax in base 2: add values v (n, PADDED), weighted by 2 ** scores (ROWS, n)."""
-    raised = tl.maximum(maximum, tl.max(scores, axis=1))
+def fold(sums, scores, v):
+    """Add values v (n, PADDED) with scores (ROWS, n) to a :class:`Softmax`."""
+    raised = tl.maximum(sums.maximum, tl.max(scores, axis=1))
     shift = tl.where(raised == float("-inf"), 0.0, raised)
     weights = tl.exp2(scores - shift[:, None])
-    correction = tl.exp2(maximum - shift)
-    total = total * correction + tl.sum(weights, axis=1)
-    weighted = weighted * correction[:, None]
+    correction = tl.exp2(sums.maximum - shift)
+    total = sums.total * correction + tl.sum(weights, axis=1)
+    weighted = sums.weighted * correction[:, None]
     weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
-    return raised, total, weighted
+    return Softmax(raised, total, weighted)
+
+
+@triton.jit
+def fold_sinks(sums, sinks):
+    """Add one value of 0 a row with scores (ROWS,); the rows have seen something before."""
+    raised = tl.maximum(sums.maximum, sinks)
+    correction = tl.exp2(sums.maximum - raised)
+    total = sums.total * correction + tl.exp2(sinks - raised)
+    return Softmax(raised, total, sums.weighted * correction[:, None])
+
+
+@triton.jit
+def cap(scores, soft_cap):
+    """soft_cap * tanh(scores / soft_cap), to about 2**-22 of soft_cap; both in base 2."""
+    grown = tl.exp2(scores * (2 * LOG2_E / soft_cap))
+    return soft_cap - 2 * soft_cap / (1 + grown)
 
 
 @triton.jit
@@ -38,6 +75,29 @@ def in_float16(q):
     return (q.to(tl.float32) * inverse[:, None]).to(tl.float16), exponent.to(
         tl.float32, bitcast=True
     )
+
+
+@triton.jit
+def leave(sums, out, partial, rows, split, num_tokens, GROUP: tl.constexpr, D: tl.constexpr):
+    """Store the rows of a :class:`Softmax` in ``out``, or for :func:`merge_splits` in ``partial``.
+
+    Args:
+        out: ``Vectors`` of :mod:`vllm_sparsekv.kernels.attention.arguments`.
+        partial: ``Partial``, or None where this is the only split.
+        rows: ``Rows``.
+    """
+    element = tl.arange(0, sums.weighted.shape[1])
+    result = sums.weighted / sums.total[:, None]
+    if partial is None:
+        target, mask = vectors_at(out, rows, element, D)
+        tl.store(target, result.to(out.start.dtype.element_ty), mask=mask)
+    else:
+        num_heads = tl.num_programs(1) * GROUP
+        place = (split * num_tokens + rows.token) * num_heads + rows.head
+        mask = rows.real[:, None] & (element < D)[None, :]
+        tl.store(partial.means + place[:, None] * D + element[None, :], result, mask=mask)
+        lse = tl.where(sums.total > 0, sums.maximum + tl.log2(sums.total), float("-inf"))
+        tl.store(partial.lse + place, lse, rows.real)
 
 
 @triton.jit(do_not_specialize=["num_reqs", "num_tokens", "splits"])

@@ -32,6 +32,7 @@ STORAGE = {
 """How elements are stored: the model dtype or a codec's name; mirrored in ``codec.h``."""
 
 MAX_HEAD_SIZE = 1024
+MAX_INT32 = 2**31 - 1
 
 _isa: str | None = None
 
@@ -81,13 +82,13 @@ AttentionCall = _mirror(
     "AttentionCall",
     [
         (ctypes.c_void_p, "query key value out pages window"),
-        (ctypes.c_void_p, "query_start_loc seq_lens block_table window_block_table"),
+        (ctypes.c_void_p, "query_start_loc seq_lens block_table window_block_table sinks"),
         (ctypes.c_int64, "query_stride key_stride value_stride out_stride"),
         (ctypes.c_int64, "page_stride page_head_stride window_stride window_head_stride"),
         (ctypes.c_int64, "block_table_stride window_block_table_stride"),
         (ctypes.c_int32, "num_reqs num_heads num_kv_heads num_blocks block_size"),
-        (ctypes.c_int32, "slots_per_block blocks_per_ring num_threads"),
-        (ctypes.c_float, "scale"),
+        (ctypes.c_int32, "slots_per_block blocks_per_ring num_threads sliding_window"),
+        (ctypes.c_float, "scale soft_cap"),
         (Layout, "layout"),
     ],
 )
@@ -156,9 +157,14 @@ def _attention(
     scale: float,
     layout: Sequence[int],
     out: Tensor,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     query, key, value = _rows(query), _rows(key), _rows(value)
     packed_out = _rows(out)
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
     ring = (0, 0, 1, 1)
     if window is not None:
         ring = (*_byte_strides(window), window.shape[2], window_block_table.shape[1])
@@ -173,6 +179,7 @@ def _attention(
         seq_lens.data_ptr(),
         block_table.data_ptr(),
         None if window is None else window_block_table.data_ptr(),
+        None if sinks is None else sinks.data_ptr(),
         query.stride(0),
         key.stride(0),
         value.stride(0),
@@ -188,7 +195,9 @@ def _attention(
         pages.shape[2],
         *ring[2:],
         torch.get_num_threads(),
+        0 if sliding_window is None else min(sliding_window, MAX_INT32),
         scale,
+        0.0 if soft_cap is None else soft_cap,
         _layout(tuple(layout)),
     )
     _kernel("attention")(ctypes.byref(call))
@@ -288,7 +297,8 @@ _call_attention = _operator(
     "sparse_attention",
     "Tensor query, Tensor key, Tensor value, Tensor pages, Tensor? window, "
     "Tensor query_start_loc, Tensor seq_lens, Tensor block_table, Tensor? window_block_table, "
-    "float scale, int[] layout, Tensor(a!) out",
+    "float scale, int[] layout, Tensor(a!) out, "
+    "int? sliding_window, float? soft_cap, Tensor? sinks",
     _attention,
 )
 _call_pack = _operator(
@@ -317,6 +327,10 @@ def sparse_attention(
     scale: float,
     fmt: SparseFormat,
     out: Tensor,
+    *,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """As :func:`vllm_sparsekv.kernels.attention.reference.sparse_attention`."""
     _call_attention(
@@ -332,6 +346,9 @@ def sparse_attention(
         scale,
         _encode(fmt),
         out,
+        sliding_window,
+        soft_cap,
+        sinks,
     )
 
 

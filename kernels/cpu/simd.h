@@ -57,6 +57,8 @@ inline I float_to_bits(F x) { return reinterpret_cast<I>(x); }
 // A NaN in either operand may be lost; softmax recovers it from the exponential.
 inline F max(F a, F b) { return a > b ? a : b; }
 
+constexpr float LOG2_E = 1.44269504088896341f;
+
 constexpr int round_up(int x, int multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 #if defined(__AVX2__)
@@ -114,8 +116,21 @@ inline F exp2(F x) {
     p = p * f + 2.402265092e-1f;
     p = p * f + 6.931471880e-1f;
     p = p * f + 1.f;
-    const I exponent = float_to_bits(shifted) - float_to_bits(broadcast(ROUND)) + 127;
-    return x < -126.f ? F{} : p * bits_to_float(exponent << 23);
+    // The lowest 9 bits of ROUND are 0, so that those of `shifted` are the integer's.
+    return x < -126.f ? F{} : p * bits_to_float((float_to_bits(shifted) + 127) << 23);
+}
+
+// Relative error below 2e-7, NaN stays NaN.
+inline F tanh(F x) {
+    const F square = x * x;
+    F p = square * 1.725699008e-2f - 5.305295030e-2f;
+    p = p * square + 1.332598729e-1f;
+    p = p * square - 3.333314838e-1f;
+    const I sign = float_to_bits(x) & INT32_MIN;
+    const F magnitude = bits_to_float(float_to_bits(x) ^ sign);
+    const F power = exp2(magnitude * (-2.f * LOG2_E));
+    const F large = bits_to_float(float_to_bits((1.f - power) / (1.f + power)) | sign);
+    return magnitude < 0.5f ? x + x * square * p : large;  // the quotient would cancel
 }
 
 }  // namespace sparsekv::SPARSEKV_ISA

@@ -33,7 +33,9 @@ void fill(uint8_t* out, int storage, size_t n) {
 struct Shape {
     int head_size, group, block_size, window, model;
     VectorLayout key, value;
-    int threads;
+    int threads, sliding_window;
+    float soft_cap;
+    bool sinks;
 };
 
 // Writes a history of random lengths token by token, then attends and stores one ragged step.
@@ -56,6 +58,17 @@ void run_batch(const Shape& shape) {
     Array<int32_t> table(num_reqs * max_blocks), ring_table(num_reqs * std::max(ring_blocks, 1));
     for (int i = 0; i < num_reqs * max_blocks; ++i) table[i] = 1 + i;
     for (int i = 0; i < num_reqs * ring_blocks; ++i) ring_table[i] = 1 + num_reqs * max_blocks + i;
+
+    // What the sliding window has passed is outside the pages.
+    Array<int32_t> seen_table(num_reqs * max_blocks);
+    for (int i = 0; i < num_reqs; ++i) {
+        const int first = seq_lens[i] - queries[i] - shape.sliding_window + 1;
+        for (int j = 0; j < max_blocks; ++j) {
+            const bool passed = shape.sliding_window && (j + 1) * shape.block_size <= first;
+            seen_table[i * max_blocks + j] = passed ? num_blocks : table[i * max_blocks + j];
+        }
+    }
+    Array<float> sinks(heads);
 
     Array<uint8_t> pages(num_blocks * kv_heads * tile);
     const int64_t slot_tile = int64_t(slots) * layout.slot_bytes();
@@ -84,9 +97,10 @@ void run_batch(const Shape& shape) {
         if (attend) {
             const int64_t query_stride = int64_t(heads) * shape.head_size;
             const AttentionCall call{
-                query, key, value, out, pages, window, counts, ends, table, ring_table, query_stride, stride,
-                stride, query_stride, kv_heads * tile, tile, kv_heads * slot_tile, slot_tile, max_blocks, ring_blocks,
-                num_reqs, heads, kv_heads, num_blocks, shape.block_size, slots, ring_blocks, shape.threads, 0.1f, layout};
+                query, key, value, out, pages, window, counts, ends, seen_table, ring_table,
+                shape.sinks ? sinks.data.get() : nullptr, query_stride, stride, stride, query_stride, kv_heads * tile, tile,
+                kv_heads * slot_tile, slot_tile, max_blocks, ring_blocks, num_reqs, heads, kv_heads, num_blocks,
+                shape.block_size, slots, ring_blocks, shape.threads, shape.sliding_window, 0.1f, shape.soft_cap, layout};
             SPARSEKV_KERNEL(attention)(&call);
         }
         if (shape.window == 0) return;
@@ -121,7 +135,9 @@ int main() {
                 };
                 const VectorLayout key{survivors(stored, batches / 3 % 2 + 1), stored};
                 const VectorLayout value{survivors(value_stored, batches / 2 % 3 + 1), value_stored};
-                run_batch({head_size, 1 + batches % 7, block_size, window, model, key, value, 1 + batches % 2});
+                const int sliding_windows[] = {0, 1, 20, 0, 100};
+                run_batch({head_size, 1 + batches % 7, block_size, window, model, key, value, 1 + batches % 2,
+                           sliding_windows[batches % 5], batches % 3 == 1 ? 2.f : 0.f, batches % 4 > 1});
                 ++batches;
             }
     std::printf("%d batches\n", batches);

@@ -18,7 +18,7 @@ from helpers import (
     assert_same_bytes,
     build_case,
 )
-from ragged import RAGGED_MATRIX, WHOLE_MATRIX
+from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 
 from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
@@ -30,7 +30,7 @@ DEVICE = "cuda"
 SLACK = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
 
 
-@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX, ids=str)
+@pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX + SCORE_MATRIX, ids=str)
 def test_ragged_matrix(spec):
     case, reference = build_case(spec, TRITON, DEVICE), build_case(spec)
     assert_same_bytes(case.pages, reference.pages)
@@ -69,6 +69,28 @@ def test_long_histories(head_size, group, dtype, codec):
         dtype=dtype,
     )
     assert_attention(build_case(spec, TRITON, DEVICE), TRITON, SLACK[dtype])
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize(
+    ("head_size", "group", "options"),
+    [
+        (64, 8, {"sliding_window": 128, "sinks": True}),
+        (128, 4, {"sliding_window": 4096}),
+        (256, 2, {"sliding_window": 4096, "soft_cap": 50.0}),
+    ],
+)
+def test_long_histories_in_a_sliding_window(head_size, group, options, codec):
+    """As gpt-oss, Mistral 7B and Gemma 2 have it."""
+    spec = CaseSpec(
+        LONG,
+        head_size=head_size,
+        group=group,
+        **cache_of(codec),
+        dtype=torch.bfloat16,
+        **options,
+    )
+    assert_attention(build_case(spec, TRITON, DEVICE), TRITON, SLACK[torch.bfloat16])
 
 
 @pytest.mark.parametrize("query_len", [1, 4])

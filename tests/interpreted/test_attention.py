@@ -6,10 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, build_case
-from ragged import RAGGED_MATRIX, WHOLE_MATRIX
+from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 
+from vllm_sparsekv.kernels.attention import history
 from vllm_sparsekv.kernels.attention import triton as attention
+from vllm_sparsekv.kernels.attention.arguments import Oldest
 
 TRITON = Ops(REFERENCE.pack, attention.sparse_attention, REFERENCE.write_window)
 SLACK = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 1.6e-2}
@@ -35,6 +39,13 @@ def test_ragged_matrix(spec):
     ids=str,
 )
 def test_ragged_matrix_of_few_bits(spec):
+    matches(spec)
+
+
+@pytest.mark.parametrize(
+    "spec", [s for s in SCORE_MATRIX if 0 < s.history_tokens <= MAX_HISTORY // 2], ids=str
+)
+def test_ragged_matrix_of_options(spec):
     matches(spec)
 
 
@@ -147,24 +158,116 @@ def test_other_gpus(monkeypatch, capability, codec, sparsity):
     )
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7])
-def test_splits_merge(monkeypatch, splits):
-    """More splits than any history fills included."""
+@pytest.fixture
+def split_into(monkeypatch):
+    """Cuts histories into as many parts as asked for."""
     choose = attention.choose_launch
-    monkeypatch.setattr(
-        attention, "choose_launch", lambda *shapes: choose(*shapes)._replace(splits=splits)
-    )
+
+    def use(splits: int) -> None:
+        monkeypatch.setattr(
+            attention, "choose_launch", lambda *shapes: choose(*shapes)._replace(splits=splits)
+        )
+
+    return use
+
+
+@pytest.mark.parametrize("splits", [1, 2, 7])
+def test_splits_merge(split_into, splits):
+    """More splits than any history fills included."""
+    split_into(splits)
     requests = (Request(1300, 1), Request(0, 3), Request(257, 2), Request(0, 0))
     matches(CaseSpec(requests, num_kv_heads=1, group=2, dtype=torch.float32, window=16))
 
 
-def test_workspace_of_the_caller(monkeypatch):
-    choose = attention.choose_launch
-    monkeypatch.setattr(
-        attention, "choose_launch", lambda *shapes: choose(*shapes)._replace(splits=3)
+OPTIONS = {
+    "sliding window": {"sliding_window": 400},
+    "one page": {"sliding_window": 30, "sinks": True},
+    "all": {"sliding_window": 170, "soft_cap": 1.5, "sinks": True},
+    "of scores": {"soft_cap": 1.5, "sinks": True},
+}
+
+
+@pytest.mark.parametrize("capability", [0, 90], ids=["elements", "words"])
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_options_in_splits(monkeypatch, split_into, options, block_size, capability):
+    """Visible positions are shared out, sinks counted once; some splits have nothing.
+
+    A block of the ring has 3 or 14 slots.
+    """
+    monkeypatch.setattr(attention, "capability", lambda device: capability)
+    split_into(7)
+    spec = CaseSpec(
+        (Request(601, 1), Request(130, 2, hit=120), Request(0, 3), Request(0, 0)),
+        head_size=128,
+        num_kv_heads=1,
+        group=3,
+        block_size=block_size,
+        key_sparsity=0.0,
+        value_sparsity=0.0,
+        key_dtype="int4",
+        value_dtype="int3",
+        dtype=torch.bfloat16,
+        window=24,
+        **OPTIONS[options],
     )
+    assert spec.format.slots_per_block(block_size) == {16: 3, 64: 14}[block_size]
+    matches(spec)
+
+
+@triton.jit
+def _shares(out, context, first, last, WINDOW: tl.constexpr, TILE: tl.constexpr):
+    """Four tiles of each split, for queries that see from ``first`` up to from ``last`` on."""
+    oldest = Oldest(first, last, None)
+    split = tl.program_id(2)
+    start, whole_start, whole_end, end = history._share(split, context, oldest, WINDOW, TILE)
+    tl.store(out + 4 * split, start)
+    tl.store(out + 4 * split + 1, whole_start)
+    tl.store(out + 4 * split + 2, whole_end)
+    tl.store(out + 4 * split + 3, end)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize("sliding_window", [1, 64, 512, 1000, 4096])
+@pytest.mark.parametrize("context", [0, 1, 500, 4095, 4111, 9999])
+def test_few_tiles_of_a_sliding_window_are_masked(context, sliding_window, splits):
+    """Splits share what is seen, and mask no more than both its ends."""
+    tile, window, tokens = 32, 64, 2
+    first = context - sliding_window + 1
+    out = torch.zeros(splits, 4, dtype=torch.int32)
+    _shares[1, 1, splits](out, context, first, first + tokens - 1, WINDOW=window, TILE=tile)
+    covered, whole = [], 0
+    for start, whole_start, whole_end, end in out.tolist():
+        covered += range(start, end)
+        assert start <= whole_start <= max(start, end) and whole_end <= end
+        assert start == whole_start or whole_start * tile < first + tokens - 1 + tile
+        assert whole_end == 0 or whole_end * tile <= context - window
+        whole += max(whole_end - whole_start, 0)
+    assert covered == list(range(max(first, 0) // tile, -(-context // tile)))
+    assert len(covered) - whole <= 1 + window // tile + 1
+
+
+def test_soft_cap_of_huge_scores():
+    spec = CaseSpec((Request(70, 1), Request(0, 3)), num_kv_heads=1, soft_cap=1.5, padding=0)
+    case = build_case(spec)
+    case.query.mul_(1e30)
+    assert_attention(case, TRITON, SLACK[torch.float32])
+
+
+@pytest.mark.parametrize("sink", [-torch.inf, -1e30, 1e4])
+def test_extreme_sinks(sink):
+    """One that nobody looks at changes nothing, one that takes everything leaves zeros."""
+    spec = CaseSpec((Request(70, 1), Request(0, 3)), num_kv_heads=1, window=16, padding=0)
+    case = build_case(dataclasses.replace(spec, sinks=True))
+    case.sinks.fill_(sink)
+    expected = build_case(spec).attend(TRITON) if sink < 0 else torch.zeros_like(case.query)
+    torch.testing.assert_close(case.attend(TRITON), expected, rtol=0, atol=1e-6)
+
+
+def test_workspace_of_the_caller(split_into):
+    split_into(3)
     case = build_case(CaseSpec((Request(600, 1),), num_kv_heads=1, window=16))
-    launch = choose(case.query, 1, 1, 1024)._replace(splits=3)
+    launch = attention.choose_launch(case.query, 1, 1, 1024)
     needed = attention.workspace_elements(case.query, launch)
     workspace = torch.full((needed,), torch.nan)
     out = torch.empty_like(case.query)
