@@ -15,6 +15,7 @@ import models
 import pytest
 import torch
 from engines import (
+    ROOT,
     assert_close,
     engine,
     first_logprobs,
@@ -29,16 +30,24 @@ from vllm import LLM
 LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 STATE = ("qwen3_next", "granitemoehybrid")
 """With state layers."""
-FAMILIES = [family for family in models.FAMILIES if family not in ("jamba", "lfm2")]
+GEMMA = "gemma-3-270m"
+"""The real one, where ``make gemma`` has built it; its sliding window is 512."""
+FAMILIES = [
+    *(family for family in models.FAMILIES if family not in ("jamba", "lfm2")),
+    pytest.param(GEMMA, marks=pytest.mark.gemma),
+]
 """vLLM's CPU build has no selective scan for Jamba, and its short convolution gives LFM2 other
 answers in a batch than alone, with the dense cache too; test_planning.py has both."""
 LENGTHS = (1, 39, 64, 70, 130, 500)
 BLOCKS = 64
+"""For the longest request, 512 tokens, and not for many."""
 
 
 def options(family: str) -> dict[str, Any]:
     # vLLM's CPU operators need bfloat16 for a gated delta net, and no prefix caching for Mamba-2.
     chosen = {"dtype": "bfloat16" if family == "qwen3_next" else "float32"}
+    if family == GEMMA:
+        chosen["max_model_len"] = 1024
     if family in STATE:
         chosen["enable_prefix_caching"] = family == "qwen3_next"
     return chosen
@@ -48,14 +57,30 @@ def log_probability_error(family: str) -> float:
     return 0.15 if family == "qwen3_next" else 2e-3
 
 
-def prompts(seed: int = 0, lengths: tuple[int, ...] = LENGTHS) -> list[list[int]]:
-    generator = random.Random(seed)
-    return [[generator.randrange(3, models.VOCABULARY) for _ in range(n)] for n in lengths]
+def prompts(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    """Random prompts; what one says depends on its length, and on its place among equal ones."""
+    made = []
+    for place, n in enumerate(lengths):
+        generator = random.Random(f"{seed} {n} {lengths[:place].count(n)}")
+        made.append([generator.randrange(3, models.VOCABULARY) for _ in range(n)])
+    return made
 
 
-def answers(llm: LLM) -> list[dict[int, float]]:
-    """Log-probabilities after each prompt, all in one ragged batch."""
-    return [first_logprobs(output) for output in generate(llm, prompts(), 1, logprobs=20)]
+def lengths(family: str) -> tuple[int, ...]:
+    return (1, 130, 900) if family == GEMMA else LENGTHS
+
+
+def few_blocks(family: str) -> dict[str, int]:
+    """So that requests wait for each other's blocks."""
+    if family == "qwen3_next":
+        return {}  # a state fills a block of a thousand tokens
+    return {"num_gpu_blocks_override": 128 if family == GEMMA else BLOCKS}
+
+
+def answers(llm: LLM, lengths: tuple[int, ...] = LENGTHS) -> list[dict[int, float]]:
+    """Log-probabilities after prompts of these lengths, all in one ragged batch."""
+    outputs = generate(llm, prompts(0, lengths), 1, logprobs=20)
+    return [first_logprobs(output) for output in outputs]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,8 +88,8 @@ def in_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # vLLM compiles a few operators anew for every model and shape, for seconds each.
-        patch.setattr(torch._dynamo.config, "disable", True)
-        yield
+        with torch._dynamo.config.patch(disable=True):
+            yield
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -74,7 +99,12 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return models.build(family, tmp_path_factory.mktemp(family))
+    if family != GEMMA:
+        return models.build(family, tmp_path_factory.mktemp(family))
+    path = ROOT / ".cache" / GEMMA
+    if not (path / "config.json").exists():
+        pytest.skip("optional: `make gemma` builds the model")
+    return path
 
 
 def start(model: Path, settings: dict[str, Any] | None, **overrides: Any):
@@ -85,20 +115,19 @@ def start(model: Path, settings: dict[str, Any] | None, **overrides: Any):
 @pytest.fixture(scope="module")
 def dense(family: str, model: Path) -> list[dict[int, float]]:
     with start(model, None, **options(family)) as llm:
-        return answers(llm)
+        return answers(llm, lengths(family))
 
 
 def test_whole_prompts_alone_and_together_and_preempted(
     family: str, model: Path, dense: list
 ) -> None:
     """Few blocks: a crowd of requests outgrows them."""
-    crowded = family != "qwen3_next"  # a state of it fills a block of a thousand tokens
-    few = {"num_gpu_blocks_override": BLOCKS} if crowded else {}
+    few = few_blocks(family)
     crowd = prompts(1, (124,) * 26)
     with start(model, LOSSLESS, **few, **options(family)) as llm:
-        together = answers(llm)
-        alone = [first_logprobs(generate(llm, [p], 1, logprobs=20)[0]) for p in prompts()]
-        if crowded:
+        together = answers(llm, lengths(family))
+        alone = [answers(llm, (n,))[0] for n in lengths(family)]
+        if few:
             apart = [text for i in (0, 13) for text in texts(generate(llm, crowd[i : i + 13], 8))]
             assert llm.reset_prefix_cache() or family in STATE
             before = metric(llm, "vllm:num_preemptions")
@@ -110,9 +139,9 @@ def test_whole_prompts_alone_and_together_and_preempted(
 
 
 def test_small_chunks_prefix_hits_and_reused_blocks(family: str, model: Path, dense: list) -> None:
-    few = {} if family in STATE else {"num_gpu_blocks_override": BLOCKS}
+    few = {} if family in STATE else few_blocks(family)
     with start(model, LOSSLESS, max_num_batched_tokens=64, **few, **options(family)) as llm:
-        fresh = answers(llm)
+        fresh = answers(llm, lengths(family))
         for answer, expected in zip(fresh, dense, strict=True):
             assert_close(answer, expected, log_probability_error(family))
         if family in STATE:
@@ -124,7 +153,7 @@ def test_small_chunks_prefix_hits_and_reused_blocks(family: str, model: Path, de
         assert_close(first_logprobs(warm), first_logprobs(cold), log_probability_error(family))
         generate(llm, prompts(4, (200, 124, 90, 300, 170)), 2)
         assert llm.reset_prefix_cache()
-        for answer, expected in zip(answers(llm), fresh, strict=True):
+        for answer, expected in zip(answers(llm, lengths(family)), fresh, strict=True):
             assert_close(answer, expected, log_probability_error(family))
 
 

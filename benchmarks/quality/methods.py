@@ -72,7 +72,9 @@ def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method
         ValueError: the configured basis is not a basis file or of another head size.
     """
     fmt = SparseFormat.from_config(config, head_size, dtype)
+    # Which layers are skipped, no evaluation here knows.
     settings = {name: value for name, value in asdict(config).items() if value is not None}
+    del settings["skip_layers"]
     if config.basis is None:
         return _stored(fmt, Basis.of(fmt), settings)
     file = BasisFile.open(config.basis)
