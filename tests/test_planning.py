@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from planning import Layer, StateLayer, build_layers, configure, layer_name, pla
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention.chunked_local_attention import ChunkedLocalAttention
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
 from vllm_sparsekv.engine import report
 from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVImpl
@@ -227,6 +229,22 @@ def test_rings_come_before_their_layers(tmp_path):
         name for i in range(2) for name in (f"{layer_name(i)}.window", layer_name(i))
     ]
     assert isinstance(context[f"{layer_name(1)}.window"], WindowLayer)
+
+
+def test_new_blocks_are_zeroed_in_rings_whatever_the_other_groups(tmp_path):
+    """vLLM's CPU runner zeroes full-attention groups; here there are none."""
+    config = configure(tmp_path, GEMMA_27B, max_model_len=8192, **SPARSE)
+    build_layers(config, {0: Layer(1024)})
+    made = plan(config)
+    ring = config.compilation_config.static_forward_context[f"{layer_name(0)}.window"]
+    ring.kv_cache = torch.ones(6, 16, 3, ring.format.slot_bytes // 2, dtype=torch.bfloat16)
+    runner = SimpleNamespace(
+        kv_cache_config=made.groups, compilation_config=config.compilation_config
+    )
+    CPUModelRunner._zero_block_ids(runner, [2, 4])
+    emptied = ring.format.slots(ring.kv_cache).tag.eq(0).flatten(1)
+    assert emptied.all(1).tolist() == [False, False, True, False, True, False]
+    assert emptied.any(1).tolist() == emptied.all(1).tolist()
 
 
 @pytest.mark.parametrize("user", [None, 128])
