@@ -59,6 +59,14 @@ def model_folder(tmp_path: Path, **config: Any) -> Path:
             r"additional_config\['sparse_kv'\]: did you mean 'sparsekv'\?",
         ),
         (
+            {"additional_config": {"SparseKV": {"window": 0}}},
+            r"additional_config\['SparseKV'\]: did you mean 'sparsekv'\?",
+        ),
+        (
+            {"additional_config": {"preset": "capacity"}},
+            r"additional_config\['preset'\]: did you mean additional_config\['sparsekv'\]\['pres",
+        ),
+        (
             {"additional_config": {"sparsekv": {}}, "attention_backend": None},
             r"additional_config\['sparsekv'\] is set but attention_backend=None: must be",
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -173,9 +174,56 @@ def test_files_of_others_are_refused(tmp_path):
     with pytest.raises(ValueError, match=f"{wanted} of version 2, this is version 1"):
         BasisFile.open(path)
     header |= {"version": "2", "model": "m", "head_size": "16", "num_layers": "1"}
+    save_file({"x": torch.zeros(1)}, path, header)
+    with pytest.raises(ValueError, match=f"{wanted}, its metadata have no number 'num_kv_heads'"):
+        BasisFile.open(path)
     save_file({"x": torch.zeros(1)}, path, header | {"num_kv_heads": "1"})
     with pytest.raises(ValueError, match=f"{wanted}, layers are missing"):
         BasisFile.open(path)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.fill_(torch.nan), "holds NaN or infinity"),
+        (lambda x: x[0].zero_(), r"has singular values from 0 to \S+, must be within 0.005 to 200"),
+        (lambda x: x.mul_(1e4), r"has singular values from \S+ to \S+, must be within"),
+    ],
+)
+def test_matrices_that_would_spoil_the_cache_are_refused(tmp_path, spoil, message):
+    path = tmp_path / "basis.safetensors"
+    layers = [LayerMatrices(*torch.eye(SIZE).repeat(2, HEADS, 1, 1)) for _ in range(LAYERS)]
+    write_basis(path, layers, "a-model")
+    BasisFile.open(path).check()
+    spoil(layers[1].value)
+    write_basis(path, layers, "a-model")
+    with pytest.raises(ValueError, match=rf"basis='.*': layers\.1\.value {message}"):
+        BasisFile.open(path).check()
+
+
+def test_matrices_of_another_shape_or_dtype_are_refused(tmp_path):
+    path = tmp_path / "basis.safetensors"
+    header = {"kind": "vllm_sparsekv basis", "version": "2", "model": "m", "num_layers": "1"}
+    header |= {"head_size": "16", "num_kv_heads": "1"}
+    names = ("layers.0.key", "layers.0.value")
+    for matrix in (torch.eye(16), torch.eye(16).double()[None]):
+        save_file({name: matrix.clone() for name in names}, path, header)
+        with pytest.raises(ValueError, match=r"layers\.0\.key is torch.* must be float32 \(1, 16"):
+            BasisFile.open(path).check()
+
+
+def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "basis.safetensors"
+    path.write_text("a good one")
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    layers = [LayerMatrices(*torch.eye(SIZE).repeat(2, HEADS, 1, 1))]
+    with pytest.raises(OSError, match="No space left"):
+        write_basis(path, layers, "a-model")
+    assert path.read_text() == "a good one" and list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")

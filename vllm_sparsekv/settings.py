@@ -117,7 +117,7 @@ class SparseKVConfig:
             return cls()
         if not isinstance(settings, Mapping):
             raise ValueError(f"sparsekv={settings!r}: must be a mapping of settings")
-        valid = ["preset", *(field.name for field in fields(cls))]
+        valid = list(SETTING_NAMES)
         for name in settings:
             if name not in valid:
                 near = difflib.get_close_matches(str(name), valid, n=1)
@@ -130,6 +130,9 @@ class SparseKVConfig:
                 raise _invalid("preset", preset, f"one of {sorted(PRESETS)}")
             values = PRESETS[preset] | values
         return cls(**values)
+
+
+SETTING_NAMES = ("preset", *(field.name for field in fields(SparseKVConfig)))
 
 
 def _is_number(value: Any) -> bool:

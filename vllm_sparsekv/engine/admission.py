@@ -14,7 +14,7 @@ from vllm_sparsekv.engine.compat import (
 )
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
-from vllm_sparsekv.settings import SparseKVConfig
+from vllm_sparsekv.settings import SETTING_NAMES, SparseKVConfig
 
 SETTINGS_KEY = "sparsekv"
 ALIBI_MODELS = ("bloom", "step1")
@@ -31,8 +31,13 @@ def settings_of(vllm_config: VllmConfig) -> SparseKVConfig:
     """
     given = _additional(vllm_config)
     for name in given:
-        if name != SETTINGS_KEY and difflib.get_close_matches(name, [SETTINGS_KEY]):
+        if name != SETTINGS_KEY and difflib.get_close_matches(str(name).lower(), [SETTINGS_KEY]):
             raise ValueError(f"additional_config[{name!r}]: did you mean {SETTINGS_KEY!r}?")
+        if name in SETTING_NAMES:
+            raise ValueError(
+                f"additional_config[{name!r}]: did you mean "
+                f"additional_config[{SETTINGS_KEY!r}][{name!r}]?"
+            )
     return SparseKVConfig.from_dict(given.get(SETTINGS_KEY))
 
 
@@ -194,6 +199,7 @@ def _check_basis(path: str, model: Any) -> None:
                 f"sparsekv.basis={path!r}: its {name} is {getattr(basis, name)} (calibrated on "
                 f"{basis.model}), must be {value} for {model.model}"
             )
+    basis.check()
 
 
 def _additional(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ with. The header's metadata say what it is for.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from vllm_sparsekv.format.basis import LayerMatrices
 
 KIND = "vllm_sparsekv basis"
 VERSION = "2"
+LARGEST_SIZE = 200.0
+"""Of a singular value, and 1 / it the smallest: calibration keeps within half of that."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,12 @@ class BasisFile:
             raise ValueError(
                 f"{wanted} of version {VERSION}, this is version {metadata.get('version')}"
             )
-        sizes = [int(metadata[name]) for name in ("head_size", "num_layers", "num_kv_heads")]
-        basis = cls(Path(path), metadata["model"], *sizes)
+        sizes = []
+        for name in ("head_size", "num_layers", "num_kv_heads"):
+            if not metadata.get(name, "").isdecimal():
+                raise ValueError(f"{wanted}, its metadata have no number {name!r}")
+            sizes.append(int(metadata[name]))
+        basis = cls(Path(path), metadata.get("model", ""), *sizes)
         if names != {name for index in range(basis.num_layers) for name in _names(index)}:
             raise ValueError(f"{wanted}, layers are missing")
         return basis
@@ -80,9 +87,38 @@ class BasisFile:
         with safe_open(self.path, framework="pt") as file:
             return LayerMatrices(*(file.get_tensor(name) for name in _names(index)))
 
+    def check(self) -> None:
+        """Read every matrix and see that a cache can be stored in it.
+
+        Raises:
+            ValueError: a tensor of another shape or dtype, or one that is not finite, singular or
+                nearly so; names the file, the tensor and what is wrong.
+        """
+        shape = self.num_kv_heads, self.head_size, self.head_size
+        with safe_open(self.path, framework="pt") as file:
+            for name in (name for index in range(self.num_layers) for name in _names(index)):
+                matrices, wrong = file.get_tensor(name), None
+                if tuple(matrices.shape) != shape or matrices.dtype != torch.float32:
+                    wrong = f"is {matrices.dtype} {tuple(matrices.shape)}, must be float32 {shape}"
+                elif not matrices.isfinite().all():
+                    wrong = "holds NaN or infinity"
+                else:
+                    sizes = torch.linalg.svdvals(matrices)
+                    if sizes.min() < 1 / LARGEST_SIZE or sizes.max() > LARGEST_SIZE:
+                        wrong = (
+                            f"has singular values from {sizes.min():.3g} to {sizes.max():.3g}, "
+                            f"must be within {1 / LARGEST_SIZE:g} to {LARGEST_SIZE:g}"
+                        )
+                if wrong:
+                    raise ValueError(f"sparsekv.basis={str(self.path)!r}: {name} {wrong}")
+
 
 def write_basis(path: str | Path, layers: Sequence[LayerMatrices], model: str) -> None:
-    """Write the matrices of all layers."""
+    """Write the matrices of all layers; the file is there whole or as it was before.
+
+    Raises:
+        OSError: the folder cannot be written to, or is full.
+    """
     num_kv_heads, head_size, _ = layers[0].key.shape
     metadata = {
         "kind": KIND,
@@ -97,7 +133,16 @@ def write_basis(path: str | Path, layers: Sequence[LayerMatrices], model: str) -
         for index, layer in enumerate(layers)
         for name, matrices in zip(_names(index), layer, strict=True)
     }
-    Path(path).write_bytes(save(tensors, metadata))
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(scratch, "wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _names(layer: int) -> list[str]:
