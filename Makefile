@@ -66,7 +66,7 @@ demo: $(SETUP) model
 	$(BIN)/python examples/demo.py $(MODEL)
 
 test: $(SETUP) model
-	$(BIN)/pytest tests
+	$(BIN)/pytest -n auto --dist loadfile tests
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,15 @@ from hypothesis import settings
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("repeatable")
+
+
+def pytest_configure() -> None:
+    """Give each of several test processes cores of its own, which engines it starts inherit."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        index, count = int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[index % len(cores) :: count])
 
 
 @pytest.fixture(scope="module")

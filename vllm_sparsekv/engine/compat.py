@@ -185,13 +185,22 @@ def watch_layers(prepare: Callable[[VllmConfig, Callable[[], None]], None]) -> N
 def _wrap_platform_hook(
     name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
-    platform = type(current_platform)
-    original = getattr(platform, name)
+    _wrap_once(type(current_platform), name, make, classmethod)
+
+
+def _wrap_once(
+    owner: type,
+    name: str,
+    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+    kind: Callable[[Callable[..., Any]], Any] = lambda function: function,
+) -> None:
+    """Replace a method by what ``make`` makes of it, the first time this is called."""
+    original = getattr(owner, name)
     if getattr(original, "wrapped_by_sparsekv", False):
         return
     wrapper = make(original)
     wrapper.wrapped_by_sparsekv = True
-    setattr(platform, name, classmethod(wrapper))
+    setattr(owner, name, kind(wrapper))
 
 
 def register_ring(spec: type[CircularBufferSpec], manager: type[CircularBufferManager]) -> None:
@@ -271,18 +280,16 @@ def zero_on_cpu(layer_type: type[AttentionLayerBase]) -> None:
         return
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    original = CPUModelRunner._zero_block_ids
-    if getattr(original, "wrapped_by_sparsekv", False):
-        return
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def zero_block_ids(self: Any, block_ids: list[int]) -> None:
+            original(self, block_ids)
+            for layer in self.compilation_config.static_forward_context.values():
+                if isinstance(layer, layer_type):
+                    layer.zero_blocks(block_ids)
 
-    def zero_block_ids(self: Any, block_ids: list[int]) -> None:
-        original(self, block_ids)
-        for layer in self.compilation_config.static_forward_context.values():
-            if isinstance(layer, layer_type):
-                layer.zero_blocks(block_ids)
+        return zero_block_ids
 
-    zero_block_ids.wrapped_by_sparsekv = True
-    CPUModelRunner._zero_block_ids = zero_block_ids
+    _wrap_once(CPUModelRunner, "_zero_block_ids", make)
 
 
 def forget_cache_dtype_of_checkpoint(vllm_config: VllmConfig) -> str | None:

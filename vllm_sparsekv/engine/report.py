@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from vllm_sparsekv.engine.admission import layer_format, settings_of
+from vllm_sparsekv.engine.admission import layer_format, logger, settings_of
 from vllm_sparsekv.engine.backend import SparseKVBackend
-from vllm_sparsekv.engine.compat import VllmConfig, init_logger, state_pages
+from vllm_sparsekv.engine.compat import VllmConfig, state_pages
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
-
-logger = init_logger("vllm.sparsekv")  # below "vllm", so that vLLM's handlers print it
 
 
 def log_layers(vllm_config: VllmConfig, sparse: dict[str, Any], skipped: dict[str, Any]) -> None:
