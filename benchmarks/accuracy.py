@@ -8,6 +8,7 @@
     python benchmarks/accuracy.py tasks longbench.jsonl
     python benchmarks/accuracy.py engine              # the same texts through vLLM itself
     python benchmarks/accuracy.py plot
+    python benchmarks/accuracy.py damage offset-100-slow FOLDER   # a model hard to quantise
 
 Results are written after every evaluation, Ctrl-C loses at most one, and a second run continues
 where the first stopped.
@@ -28,11 +29,12 @@ from subprocess import CalledProcessError
 import torch
 from quality import engine, pareto, tasks
 from quality.attention import RuleModel
-from quality.methods import Method, build_methods
+from quality.damaged import DAMAGES, damage
+from quality.methods import Method, Shape, build_methods
 from quality.perplexity import compare, dense_log_probabilities, summary, token_samples
 from quality.results import Results
 from texts.fetch import HELD_OUT, TUNING, fetch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -57,14 +59,14 @@ def find_texts(names: list[str], folder: Path) -> dict[str, Path]:
 
 
 def choose_methods(
-    names: list[str] | None, head_size: int, dtype: torch.dtype, basis: Path | None = None
+    names: list[str] | None, shape: Shape, dtype: torch.dtype, basis: Path | None = None
 ) -> dict[str, Method]:
     """Methods by name, all by default.
 
     Raises:
         ValueError: unknown name.
     """
-    methods = build_methods(head_size, dtype, basis=basis)
+    methods = build_methods(shape, dtype, basis=basis)
     for name in names or ():
         if name not in methods:
             raise ValueError(f"method {name!r}: must be one of {list(methods)}")
@@ -75,7 +77,7 @@ def perplexity(args: argparse.Namespace) -> None:
     """Perplexity ratio, KL and top-1 of every method, one sample of every text after the other."""
     dtype = DTYPES[args.dtype]
     model = RuleModel(args.model, dtype)
-    methods = choose_methods(args.methods, model.head_size, dtype, args.basis)
+    methods = choose_methods(args.methods, model.shape, dtype, args.basis)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     window = max(method.window for method in methods.values())
     paths = find_texts(args.texts, args.text_folder)
@@ -84,6 +86,7 @@ def perplexity(args: argparse.Namespace) -> None:
         for name, path in paths.items()
     }
     results = Results(args.out)
+    codecs = {name: method.codec(model.shape, dtype) for name, method in methods.items()}
     for index in range(args.samples):
         for text, tokens in samples.items():
             if index >= len(tokens):
@@ -103,6 +106,7 @@ def perplexity(args: argparse.Namespace) -> None:
                     "vector_bytes": method.vector_bytes,
                     "window": method.window,
                     "settings": method.settings,
+                    "codec": codecs[name],
                 }
                 if results.has(key):
                     continue
@@ -119,7 +123,7 @@ def perplexity(args: argparse.Namespace) -> None:
                     f"({time.perf_counter() - start:.0f} s)",
                     flush=True,
                 )
-    pareto.write(args.out, methods, model.head_size, dtype)
+    pareto.write(args.out, Path(args.model).name, methods, model.shape, dtype)
 
 
 def stream(path: Path, rows: Callable[[list[tasks.Row]], Iterator[tasks.Row]]) -> list[tasks.Row]:
@@ -137,7 +141,7 @@ def passkey(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.dtype]
     model = RuleModel(args.model, dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    methods = choose_methods(args.methods, model.head_size, dtype, args.basis)
+    methods = choose_methods(args.methods, model.shape, dtype, args.basis)
     rows = stream(
         args.out.with_name("passkey.json"),
         partial(tasks.passkey, model, tokenizer, methods, args.lengths, args.depths),
@@ -152,7 +156,7 @@ def run_tasks(args: argparse.Namespace) -> None:
     questions = {path: tasks.read_jsonl(path) for path in args.files}
     model = RuleModel(args.model, dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    methods = choose_methods(args.methods, model.head_size, dtype, args.basis)
+    methods = choose_methods(args.methods, model.shape, dtype, args.basis)
     rows = stream(
         args.out.with_name("tasks.json"),
         partial(tasks.answer_files, model, tokenizer, methods, questions, args.max_new_tokens),
@@ -177,11 +181,15 @@ def run_engine(args: argparse.Namespace) -> None:
 
 def plot(args: argparse.Namespace) -> None:
     """Redraw the picture and the table from the results at hand."""
-    config = json.loads((Path(args.model) / "config.json").read_text())
-    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    shape = Shape.of(AutoConfig.from_pretrained(args.model))
     dtype = DTYPES[args.dtype]
-    methods = build_methods(head_size, dtype, basis=args.basis)
-    pareto.write(args.out, methods, head_size, dtype)
+    methods = build_methods(shape, dtype, basis=args.basis)
+    pareto.write(args.out, Path(args.model).name, methods, shape, dtype)
+
+
+def run_damage(args: argparse.Namespace) -> None:
+    """Write a copy of the model whose keys or values are hard to quantise."""
+    damage(args.name, args.model, args.folder)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -228,6 +236,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--settings", type=json.loads, default={}, help="what stands under sparsekv (JSON)"
     )
     command("plot", plot)
+    sub = command("damage", run_damage)
+    sub.add_argument("name", choices=DAMAGES)
+    sub.add_argument("folder", type=Path, help="of the copy")
     return parser.parse_args(arguments)
 
 

@@ -147,7 +147,7 @@ def dense(shape: Shape) -> Callable[[], None]:
 
 
 def format_of(shape: Shape, chosen: tuple[float, float, str, str]) -> SparseFormat:
-    config = SparseKVConfig(*chosen, WINDOW, "any" if chosen[2] == "int4_int2" else None)
+    config = SparseKVConfig(*chosen, WINDOW, "any" if chosen[2] == "int4_int2" else "none")
     return SparseFormat.from_config(config, shape.head_size, shape.dtype)
 
 

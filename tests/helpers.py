@@ -87,7 +87,7 @@ class CaseSpec:
             self.key_dtype,
             self.value_dtype,
             self.window,
-            basis="any" if CODECS[self.key_dtype].bands > 1 else None,
+            basis="any" if CODECS[self.key_dtype].bands > 1 else "none",
         )
         return SparseFormat.from_config(config, self.head_size, self.dtype, self.lookahead)
 

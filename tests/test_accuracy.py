@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import accuracy  # noqa: E402
 from quality import pareto, tasks  # noqa: E402
 from quality.attention import RuleModel, rule_attention  # noqa: E402
-from quality.methods import DENSE, build_methods, hadamard, lloyd_max, sparse  # noqa: E402
+from quality.methods import DENSE, Shape, build_methods, sparse  # noqa: E402
 from quality.perplexity import (  # noqa: E402
     compare,
     dense_log_probabilities,
@@ -36,7 +36,8 @@ from quality.results import Results  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
-METHODS = build_methods(64, torch.bfloat16)
+SHAPE = Shape(head_size=64, num_kv_heads=2, num_layers=6)
+METHODS = build_methods(SHAPE, torch.bfloat16)
 
 
 class WordTokenizer:
@@ -120,104 +121,7 @@ def test_dense_rule_is_the_model_itself(tiny, model_path):
         expected = plain(tokens.unsqueeze(0)).logits[0]
     got = tiny.logits(tiny.hidden(tokens, DENSE))
     assert (got - expected).abs().max() < 1e-5
-    assert tiny.head_size == 16
-
-
-@pytest.mark.parametrize(("bits", "error"), [(1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)])
-def test_lloyd_max_reaches_the_known_error(bits, error):
-    """Max, "Quantizing for minimum distortion" (1960), table I."""
-    levels = lloyd_max(bits).double()
-    assert torch.allclose(levels, -levels.flip(0), atol=1e-4)
-    x = torch.linspace(-6, 6, 100_001, dtype=torch.float64)
-    weight = (-x.square() / 2).exp()
-    nearest = (x.unsqueeze(1) - levels).abs().amin(1).square()
-    assert (nearest * weight).sum() / weight.sum() == pytest.approx(error, rel=2e-3)
-
-
-def test_hadamard_is_orthogonal_and_refuses_other_sizes():
-    basis = hadamard(64)
-    assert (basis @ basis.T - torch.eye(64)).abs().max() < 1e-6
-    assert basis.abs().max() == basis.abs().min() == 0.125
-    with pytest.raises(ValueError, match="head_size=80: a Hadamard rotation needs a power of two"):
-        hadamard(80)
-
-
-@pytest.mark.parametrize(
-    ("name", "low", "high"),
-    [
-        ("dense", 0, 0),
-        ("fp8", 3e-4, 1e-3),
-        ("int8-token-head", 1e-5, 1e-4),
-        ("int4-token-head", 0.007, 0.012),
-        ("int4-plain", 0.007, 0.012),
-        ("turboquant-4", 0.008, 0.0105),
-        ("turboquant-3", 0.030, 0.037),
-        ("mustafar-50", 0.060, 0.080),
-        ("mustafar-70", 0.20, 0.26),
-        ("sparsekv-quality", 0.0075, 0.0095),
-        ("sparsekv-capacity", 0.029, 0.034),
-    ],
-)
-def test_relative_squared_error_on_normal_vectors(name, low, high):
-    x = vectors(2, 500, 64).bfloat16()
-    method = METHODS[name]
-    for cached in (method.key(x, None), method.value(x)):
-        error = ((cached - x.float()).square().mean() / x.float().square().mean()).item()
-        assert low <= error <= high
-
-
-def test_think_keeps_the_channels_that_matter():
-    key, query = vectors(2, 40, 64).abs() + 1, torch.ones(4, 40, 64)
-    query[:, :, 1::2] = 0.01
-    kept = METHODS["think-50"].key(key, query)
-    assert torch.equal(kept[..., ::2], key[..., ::2])
-    assert not kept[..., 1::2].any()
-
-
-def assert_largest(x: torch.Tensor, kept: torch.Tensor, count: int, axis: int) -> None:
-    """Along the axis ``count`` elements are as in x, none of the others, now 0, is larger."""
-    survives = kept != 0
-    assert torch.equal(kept[survives], x[survives])
-    assert (survives.sum(axis) == count).all()
-    least = kept.abs().masked_fill(~survives, torch.inf).amin(axis)
-    assert (x.abs().masked_fill(survives, 0).amax(axis) <= least).all()
-
-
-def test_policies_that_look_at_the_whole_text():
-    """40 tokens are a group of 32 and one of 8; half of each channel of either survives."""
-    x, query = vectors(2, 40, 64), torch.ones(4, 40, 64)
-    query[:2, :, ::2] = 1e6
-    kept = METHODS["output-aware-50"].key(x, query)
-    even = torch.arange(64) % 2 == 0
-    assert torch.equal(kept[0] != 0, even.expand(40, 64))
-    assert_largest(x[1], kept[1], 32, -1)
-    assert_largest(x, METHODS["output-aware-50"].value(x), 32, -1)
-    kept = METHODS["per-channel-50"].value(x)
-    assert_largest(x[:, :32], kept[:, :32], 16, 1)
-    assert_largest(x[:, 32:], kept[:, 32:], 4, 1)
-    assert METHODS["per-channel-50"].evaluation_only and not METHODS["mustafar-50"].evaluation_only
-
-
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("dense", 256),
-        ("fp8", 128 + 64 * 264 / 4096),
-        ("int8-token-head", 136 + 4.125),
-        ("int4-token-head", 72 + 4.125),
-        ("turboquant-4", 68 + 4.125),
-        ("turboquant-3", 52 + 4.125),
-        ("think-50", 192 + 32 * 264 / 4096),
-        ("mustafar-50", 144 + 32 * 264 / 4096),
-        ("output-aware-50", 144 + 32 * 264 / 4096),
-        ("per-channel-50", 144 + 32 * 264 / 4096),
-        ("sparsekv-quality", 68 + 4.125),
-        ("sparsekv-balanced", 60 + 4.125),
-        ("sparsekv-capacity", 52 + 4.125),
-    ],
-)
-def test_bytes_count_scales_bitmaps_and_the_window(name, size):
-    assert METHODS[name].token_bytes(256, 4096) == pytest.approx(size)
+    assert tiny.shape == Shape(head_size=16, num_kv_heads=2, num_layers=2)
 
 
 def test_compare_and_summary(tiny):
@@ -327,6 +231,7 @@ def evaluation(method: str, text: str, nll: float, **overrides) -> tuple[dict, d
         "vector_bytes": METHODS[method].vector_bytes,
         "window": METHODS[method].window,
         "settings": METHODS[method].settings,
+        "codec": METHODS[method].codec(SHAPE, torch.bfloat16),
     } | overrides
     return key, {"tokens": 100, "nll": nll, "dense_nll": 100.0, "kl": 2.0, "top1": 90}
 
@@ -340,6 +245,9 @@ def test_results_survive_and_resume(tmp_path):
     again = Results(path)
     assert again.has(key) and not again.has(key | {"chunk": 64})
     assert not again.has(key | {"settings": {}})
+    assert not again.has(key | {"codec": "00000000"})
+    del results.entries[0]["codec"]
+    assert not results.has(key)
     assert list(tmp_path.iterdir()) == [path]
     path.write_text("{}")
     with pytest.raises(ValueError, match="accuracy.json: not a result file"):
@@ -358,8 +266,12 @@ def test_pareto_rows_and_picture(tmp_path, capsys):
     results.add(*evaluation("sparsekv-balanced", "b", 103.0))
     results.add(*evaluation("sparsekv-balanced", "c", 500.0, chunk=64))
     results.add(*evaluation("sparsekv-capacity", "a", 500.0, settings={"window": 1}))
+    results.add(*evaluation("sparsekv-quality", "a", 500.0, codec="00000000"))
+    results.add(*evaluation("turboquant-4", "a", 500.0, model="another"))
+    key, sums = evaluation("turboquant-3", "a", 500.0)
+    results.add({name: key[name] for name in key if name != "codec"}, sums)
     results.add(*evaluation("fp8", "a", 100.0, length=8192))
-    pareto.write(path, METHODS, 64, torch.bfloat16)
+    pareto.write(path, "m", METHODS, SHAPE, torch.bfloat16)
     rows = json.loads((tmp_path / "pareto.json").read_text())
     assert [row["method"] for row in rows] == ["sparsekv-balanced", "fp8"]
     assert rows[0]["ppl_ratio"] == pytest.approx(math.exp(0.02), abs=1e-5)
@@ -377,8 +289,8 @@ def test_command_refuses_unknown_names(tmp_path, model_path):
     with pytest.raises(ValueError, match=r"text 'nope': must be a file or one of \['held-out'"):
         accuracy.find_texts(["nope"], tmp_path)
     with pytest.raises(ValueError, match=r"method 'nope': must be one of \['dense', 'fp8'"):
-        accuracy.choose_methods(["nope"], 64, torch.bfloat16)
-    assert list(accuracy.choose_methods(["fp8"], 64, torch.bfloat16)) == ["fp8"]
+        accuracy.choose_methods(["nope"], SHAPE, torch.bfloat16)
+    assert list(accuracy.choose_methods(["fp8"], SHAPE, torch.bfloat16)) == ["fp8"]
     task = tmp_path / "task.jsonl"
     task.write_text("{}\n")
     with pytest.raises(SystemExit, match=r"error: .*task.jsonl:1: field 'input'"):

@@ -10,28 +10,29 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from vllm_sparsekv.format.basis import LayerMatrices
+from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import write_basis
 from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from quality.attention import RuleModel  # noqa: E402
-from quality.methods import DENSE, build_methods, sparse  # noqa: E402
+from quality.methods import DENSE, Shape, build_methods, sparse  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 LAYERS, KV_HEADS, SIZE = 2, 2, 64
+SHAPE = Shape(SIZE, KV_HEADS, LAYERS)
 
 
 @pytest.fixture(scope="module")
 def basis(tmp_path_factory) -> Path:
     """Matrices that stretch the first coordinate of each key, more in the second layer."""
     path = tmp_path_factory.mktemp("basis") / "basis.safetensors"
-    matrices = [torch.eye(SIZE).repeat(KV_HEADS, 1, 1) for _ in range(LAYERS)]
-    matrices[0][:, 0, 0], matrices[1][:, 0, 0] = 2, 50
-    eye = torch.eye(SIZE).repeat(KV_HEADS, 1, 1)
-    write_basis(path, [LayerMatrices(key=key, value=eye) for key in matrices], "a-model")
+    eye, zero = torch.eye(SIZE).repeat(KV_HEADS, 1, 1), torch.zeros(KV_HEADS, SIZE)
+    layers = {index: LayerBasis(eye.clone(), eye, zero, zero) for index in range(LAYERS)}
+    layers[0].key[:, 0, 0], layers[1].key[:, 0, 0] = 2, 50
+    write_basis(path, layers, LAYERS, "a-model")
     return path
 
 
@@ -65,7 +66,7 @@ def test_every_layer_has_its_own_method(tmp_path):
 
 def test_pruned_keys_lose_what_is_small_in_their_basis(basis):
     """Stretched 50 times, the first coordinate survives and is quantised coarsely for all."""
-    config = SparseKVConfig(0.5, 0.0, "int4", "int4", 64, str(basis))
+    config = SparseKVConfig(0.5, 0.0, "int4", "int4", 64, basis=str(basis))
     method = sparse(config, SIZE, torch.float32)
     key = torch.randn(KV_HEADS, 200, SIZE, generator=torch.Generator().manual_seed(0))
     key[..., 0] *= 0.1
@@ -73,7 +74,7 @@ def test_pruned_keys_lose_what_is_small_in_their_basis(basis):
     first, second = (error.square().mean() / key[..., 0].square().mean() for error in lost)
     assert first > 0.9
     assert second < 0.02
-    plain = sparse(replace(config, basis=None), SIZE, torch.float32)
+    plain = sparse(replace(config, basis="none"), SIZE, torch.float32)
     for layer in method.layers:
         assert (layer.value(key) - plain.value(key)).abs().max() < 1e-5
     assert method.vector_bytes == plain.vector_bytes
@@ -82,17 +83,18 @@ def test_pruned_keys_lose_what_is_small_in_their_basis(basis):
 
 def test_rows_of_calibrated_presets(basis):
     plain, methods = (
-        build_methods(SIZE, torch.bfloat16),
-        build_methods(SIZE, torch.bfloat16, basis=basis),
+        build_methods(SHAPE, torch.bfloat16),
+        build_methods(SHAPE, torch.bfloat16, basis=basis),
     )
     bands = ("int4_int2-int3", "int4_int2-int3-window-160", "int4_int2-int2")
     others = ("balanced-window-112", *bands, "pruned")
-    added = {f"sparsekv-{name}-calibrated" for name in (*PRESETS, *others)}
+    integer = [name for name in PRESETS if not name.startswith("sparse-")]
+    added = {f"sparsekv-{name}-calibrated" for name in (*integer, *others)}
     assert methods.keys() - plain.keys() == added
     # Keys: 8 bytes of bitmap, 16 of codes and 2 of scale; values: 24 and 2.
     assert methods["sparsekv-pruned-calibrated"].vector_bytes == 26 + 26
     assert methods["sparsekv-int4_int2-int2-calibrated"].vector_bytes == 28 + 18
-    for name in PRESETS:
+    for name in integer:
         row, calibrated = (methods[f"sparsekv-{name}{end}"] for end in ("", "-calibrated"))
         assert calibrated.vector_bytes == row.vector_bytes
         assert len(calibrated.layers) == LAYERS
@@ -102,5 +104,5 @@ def test_rows_of_calibrated_presets(basis):
 
 
 def test_basis_of_another_head_size_is_refused(basis):
-    with pytest.raises(ValueError, match="basis.safetensors: head_size 64, must be 128"):
-        build_methods(128, torch.bfloat16, basis=basis)
+    with pytest.raises(ValueError, match=r"basis.safetensors: head sizes \[64\], must be 128"):
+        build_methods(replace(SHAPE, head_size=128), torch.bfloat16, basis=basis)

@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_sparsekv.engine import plugin
 from vllm_sparsekv.engine.backend import SparseKVBackend
 from vllm_sparsekv.engine.compat import check_version
-from vllm_sparsekv.format.basis import LayerMatrices
+from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import write_basis
 
 LLAMA = json.loads((MODEL / "config.json").read_text())
@@ -197,8 +197,9 @@ def test_basis_of_another_model(
     path = tmp_path / "basis.safetensors"
     if shape is not None:
         layers, heads, size = shape
-        matrices = LayerMatrices(*torch.eye(size).expand(2, heads, size, size))
-        write_basis(path, [matrices] * layers, "a-model")
+        eyes, means = torch.eye(size).expand(2, heads, size, size), torch.zeros(2, heads, size)
+        layer = LayerBasis(*eyes, *means)
+        write_basis(path, dict.fromkeys(range(layers), layer), layers, "a-model")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         configure(additional_config={"sparsekv": {"basis": str(path)}})
     assert f"sparsekv.basis={str(path)!r}" in str(error.value)

@@ -46,7 +46,7 @@ CACHES = {
 
 def cache_format(cache, head_size=128):
     key_sparsity, key_dtype, value_sparsity, value_dtype = CACHES[cache]
-    basis = "any" if CODECS[key_dtype].bands > 1 else None
+    basis = "any" if CODECS[key_dtype].bands > 1 else "none"
     config = SparseKVConfig(key_sparsity, value_sparsity, key_dtype, value_dtype, 64, basis)
     return SparseFormat.from_config(config, head_size, torch.bfloat16)
 

@@ -20,7 +20,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
 from vllm_sparsekv.engine.backend import SparseKVMetadata
-from vllm_sparsekv.format.basis import Basis, LayerMatrices, change
+from vllm_sparsekv.format.basis import Basis, LayerBasis, change
 from vllm_sparsekv.format.basis_file import write_basis
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 
@@ -28,12 +28,13 @@ LAYERS, HEADS, KV_HEADS, SIZE, TOKENS = 30, 9, 3, 64, 40
 
 
 @pytest.fixture(scope="module")
-def matrices() -> list[LayerMatrices]:
-    """Scaled rotations of which no two are alike."""
+def bases() -> dict[int, LayerBasis]:
+    """Scaled rotations and means of which no two are alike."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(LAYERS, 2, KV_HEADS, SIZE, SIZE, generator=generator)
     scaled = torch.linalg.qr(random).Q * torch.logspace(-0.5, 0.5, SIZE)
-    return [LayerMatrices(*pair) for pair in scaled]
+    means = torch.randn(LAYERS, 2, KV_HEADS, SIZE, generator=generator)
+    return {i: LayerBasis(*scaled[i], *means[i]) for i in range(LAYERS)}
 
 
 @pytest.fixture(
@@ -42,10 +43,10 @@ def matrices() -> list[LayerMatrices]:
     ids=["whole", "pruned", "two bands"],
 )
 def config(
-    request, matrices: list[LayerMatrices], tmp_path_factory: pytest.TempPathFactory
+    request, bases: dict[int, LayerBasis], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[VllmConfig]:
     folder: Path = tmp_path_factory.mktemp("basis")
-    write_basis(folder / "basis.safetensors", matrices, "demo")
+    write_basis(folder / "basis.safetensors", bases, LAYERS, "demo")
     sparsity, key_dtype = request.param
     settings = {
         "key_sparsity": sparsity,
@@ -79,7 +80,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     return torch.einsum("hn,nhd->hd", weight, value)
 
 
-def test_a_layer_takes_its_own_matrices(config: VllmConfig, matrices: list[LayerMatrices]) -> None:
+def test_a_layer_takes_its_own_basis(config: VllmConfig, bases: dict[int, LayerBasis]) -> None:
     """History reads back as layer 7's basis leaves it; the step's own tokens are exact."""
     (layer,) = build_layers(config, {7: Layer()})
     current_platform.update_block_size_for_backend(config)
@@ -102,11 +103,12 @@ def test_a_layer_takes_its_own_matrices(config: VllmConfig, matrices: list[Layer
         impl.forward(layer, *arguments)
     exact = attention(query[TOKENS - 1], key[:TOKENS], value[:TOKENS])
     assert (out[TOKENS - 1] - exact).abs().max() < 1e-5
-    basis = Basis.calibrated(fmt, matrices[7])
-    packed = pack_vectors(change(key[:TOKENS], basis.key), fmt.key)
-    stored_key = change(unpack_vectors(*packed, fmt.key), basis.query.mT)
-    packed = pack_vectors(change(value[:TOKENS], basis.value), fmt.value)
-    stored_value = change(unpack_vectors(*packed, fmt.value), basis.output)
+    basis = Basis.calibrated(fmt, bases[7])
+    packed = pack_vectors(basis.stored_key(key[:TOKENS]), fmt.key)
+    unpacked = unpack_vectors(*packed, fmt.key)
+    stored_key = change(unpacked, basis.query.mT, plus=basis.key_mean)
+    packed = pack_vectors(basis.stored_value(value[:TOKENS]), fmt.value)
+    stored_value = basis.restored(unpack_vectors(*packed, fmt.value))
     read = torch.cat([stored_key, key[TOKENS:]]), torch.cat([stored_value, value[TOKENS:]])
     expected = attention(query[TOKENS], *read)
     assert (out[TOKENS] - expected).abs().max() < 1e-5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_sparsekv.format.basis import Basis, LayerMatrices, _calibrated, change, rotation
+from vllm_sparsekv.format.basis import Basis, LayerBasis, _calibrated, change, rotation
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
@@ -79,7 +79,7 @@ def int4_format(dtype: torch.dtype, key_sparsity: float = 0.0) -> SparseFormat:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_calibrated_matrices_are_narrow_except_on_cpus(dtype):
-    layer = LayerMatrices(ill_conditioned(2, 64), ill_conditioned(2, 64))
+    layer = LayerBasis(*(ill_conditioned(2, 64) for _ in range(2)), *torch.zeros(2, 2, 64))
     for device, expected in (("cpu", torch.float32), ("meta", dtype)):
         basis = Basis.calibrated(int4_format(dtype), layer, device)
         matrices = (basis.key, basis.query, basis.value, basis.output)
@@ -91,7 +91,7 @@ def test_bands_rotate_by_themselves():
     """What is large in the first half of a calibrated basis stays there, spread evenly."""
     config = SparseKVConfig(key_dtype="int4_int2", basis="b")
     fmt = SparseFormat.from_config(config, 64, torch.float32)
-    layer = LayerMatrices(ill_conditioned(2, 64), ill_conditioned(2, 64))
+    layer = LayerBasis(*(ill_conditioned(2, 64) for _ in range(2)), *torch.zeros(2, 2, 64))
     basis = Basis.calibrated(fmt, layer)
     x = torch.eye(64).expand(2, 64, 64) @ torch.linalg.inv(layer.key)
     stored = change(x.transpose(0, 1), basis.key).transpose(0, 1)

@@ -1,25 +1,19 @@
-"""The calibrated basis: its algebra, its file, its refusals and the command that makes it."""
+"""The calibrated basis: what it follows from, its algebra, its file and its refusals."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_sparsekv.calibration import balance as balancing
-from vllm_sparsekv.calibration.__main__ import main, parse
-from vllm_sparsekv.calibration.balance import balance, balanced_basis
-from vllm_sparsekv.calibration.moments import Moments, calibrate
-from vllm_sparsekv.format.basis import Basis, LayerMatrices, change, kv_heads_of_rank
+from vllm_sparsekv.calibration.balance import balance, balanced_basis, layer_basis
+from vllm_sparsekv.calibration.moments import Moments
+from vllm_sparsekv.format.basis import Basis, LayerBasis, change, kv_heads_of_rank
 from vllm_sparsekv.format.basis_file import BasisFile, write_basis
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
@@ -28,6 +22,7 @@ from vllm_sparsekv.settings import SparseKVConfig
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 HEADS, GROUP, SIZE, LAYERS = 2, 2, 16, 2
+NO_MEANS = torch.zeros(2, HEADS, SIZE)
 
 
 def vectors(*shape: int, seed: int = 7) -> torch.Tensor:
@@ -94,7 +89,7 @@ def test_scores_are_unchanged(sparsity):
     config = SparseKVConfig(sparsity, 0.5, "int4", "int4")
     fmt = SparseFormat.from_config(config, SIZE, torch.float32)
     matrices = balanced_basis(moments(1), moments(2)).float()
-    basis = Basis.calibrated(fmt, LayerMatrices(key=matrices, value=matrices.flip(0)))
+    basis = Basis.calibrated(fmt, LayerBasis(matrices, matrices.flip(0), *NO_MEANS))
     assert basis.key.dtype == basis.query.dtype == torch.float32
     tokens = 30
     key = vectors(tokens, HEADS, SIZE).float()
@@ -119,7 +114,7 @@ def test_whole_vectors_are_spread_and_pruned_ones_are_not(sparsity, spread):
     x = vectors(HEADS, 4000, SIZE) * torch.logspace(0, 1, SIZE, dtype=torch.float64)
     moment = x.mT @ x / 4000
     matrices = balanced_basis(moment, moment)
-    basis = Basis.calibrated(fmt, LayerMatrices(key=matrices, value=matrices))
+    basis = Basis.calibrated(fmt, LayerBasis(matrices, matrices, *NO_MEANS))
     for matrix in (basis.key, basis.value):
         stored = change(x.transpose(0, 1).float(), matrix)
         size = stored.square().mean(0).sqrt()
@@ -142,16 +137,29 @@ def test_heads_of_tensor_parallel_ranks(heads, size, expected):
     assert [list(range(heads))[part] for part in slices] == expected
 
 
+def some_layers() -> dict[int, LayerBasis]:
+    """Of layers 0 and 2."""
+    means = vectors(2, 2, HEADS, SIZE)
+    return {
+        index: LayerBasis(*torch.eye(SIZE).repeat(2, HEADS, 1, 1), *means[index // 2])
+        for index in (0, 2)
+    }
+
+
 def test_file_round_trip(tmp_path):
     path = tmp_path / "basis.safetensors"
-    layers = [LayerMatrices(*pair) for pair in vectors(LAYERS, 2, HEADS, SIZE, SIZE)]
-    write_basis(path, layers, "a-model")
+    layers = some_layers()
+    write_basis(path, layers, 3, "a-model")
     file = BasisFile.open(str(path))
-    assert file == BasisFile(path, "a-model", SIZE, LAYERS, HEADS)
-    for index, (key, value) in enumerate(layers):
-        assert torch.equal(file.layer(index).key, key.float())
-        assert torch.equal(file.layer(index).value, value.float())
-    for index in (-1, LAYERS):
+    assert file == BasisFile(path, "a-model", 3, {0: (HEADS, SIZE), 2: (HEADS, SIZE)})
+    file.check()
+    for index, layer in layers.items():
+        assert all(map(torch.equal, file.layer(index), (x.float() for x in layer)))
+    assert torch.equal(
+        file.layer(2).of_heads(slice(1, 2)).key_mean[0], layers[2].key_mean[1].float()
+    )
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    for index in (-1, 1, 3):
         with pytest.raises(ValueError, match=rf"layer {index} is not one of its 2 layers"):
             file.layer(index)
 
@@ -169,17 +177,25 @@ def test_files_of_others_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=f"{wanted}, this is another safetensors file"):
         BasisFile.open(path)
-    header = {"kind": "vllm_sparsekv basis", "version": "1"}
+    header = {"kind": "vllm_sparsekv basis", "version": "2"}
     save_file({"x": torch.zeros(1)}, path, header)
-    with pytest.raises(ValueError, match=f"{wanted} of version 2, this is version 1"):
+    with pytest.raises(ValueError, match=f"{wanted} of version 3, this is version 2"):
         BasisFile.open(path)
-    header |= {"version": "2", "model": "m", "head_size": "16", "num_layers": "1"}
+    header |= {"version": "3", "model": "m"}
     save_file({"x": torch.zeros(1)}, path, header)
-    with pytest.raises(ValueError, match=f"{wanted}, its metadata have no number 'num_kv_heads'"):
+    with pytest.raises(ValueError, match=f"{wanted}, its metadata have no number 'num_layers'"):
         BasisFile.open(path)
-    save_file({"x": torch.zeros(1)}, path, header | {"num_kv_heads": "1"})
-    with pytest.raises(ValueError, match=f"{wanted}, layers are missing"):
-        BasisFile.open(path)
+    eyes = {f"layers.0.{kind}": torch.eye(SIZE)[None] for kind in ("key", "value")}
+    means = {f"layers.0.{kind}_mean": torch.zeros(1, SIZE) for kind in ("key", "value")}
+    header |= {"num_layers": "1"}
+    wrong = [{"x": torch.zeros(1)}, eyes, eyes | means | {"layers.0.value": torch.eye(8)[None]}]
+    for tensors in wrong:
+        save_file({name: x.clone() for name, x in tensors.items()}, path, header)
+        with pytest.raises(ValueError, match=f"{wanted}, layers are missing or of wrong shapes"):
+            BasisFile.open(path)
+    save_file({name: x.double() for name, x in (eyes | means).items()}, path, header)
+    with pytest.raises(ValueError, match=r"layers\.0\.key is torch.float64, must be torch.float32"):
+        BasisFile.open(path).check()
 
 
 @pytest.mark.parametrize(
@@ -192,24 +208,20 @@ def test_files_of_others_are_refused(tmp_path):
 )
 def test_matrices_that_would_spoil_the_cache_are_refused(tmp_path, spoil, message):
     path = tmp_path / "basis.safetensors"
-    layers = [LayerMatrices(*torch.eye(SIZE).repeat(2, HEADS, 1, 1)) for _ in range(LAYERS)]
-    write_basis(path, layers, "a-model")
-    BasisFile.open(path).check()
-    spoil(layers[1].value)
-    write_basis(path, layers, "a-model")
-    with pytest.raises(ValueError, match=rf"basis='.*': layers\.1\.value {message}"):
+    layers = some_layers()
+    spoil(layers[2].value)
+    write_basis(path, layers, 3, "a-model")
+    with pytest.raises(ValueError, match=rf"basis='.*': layers\.2\.value {message}"):
         BasisFile.open(path).check()
 
 
-def test_matrices_of_another_shape_or_dtype_are_refused(tmp_path):
+def test_means_that_are_not_finite_are_refused(tmp_path):
     path = tmp_path / "basis.safetensors"
-    header = {"kind": "vllm_sparsekv basis", "version": "2", "model": "m", "num_layers": "1"}
-    header |= {"head_size": "16", "num_kv_heads": "1"}
-    names = ("layers.0.key", "layers.0.value")
-    for matrix in (torch.eye(16), torch.eye(16).double()[None]):
-        save_file({name: matrix.clone() for name in names}, path, header)
-        with pytest.raises(ValueError, match=r"layers\.0\.key is torch.* must be float32 \(1, 16"):
-            BasisFile.open(path).check()
+    layers = some_layers()
+    layers[0].value_mean[0, 0] = torch.inf
+    write_basis(path, layers, 3, "a-model")
+    with pytest.raises(ValueError, match=r"layers\.0\.value_mean holds NaN or infinity"):
+        BasisFile.open(path).check()
 
 
 def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypatch):
@@ -220,171 +232,122 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    layers = [LayerMatrices(*torch.eye(SIZE).repeat(2, HEADS, 1, 1))]
     with pytest.raises(OSError, match="No space left"):
-        write_basis(path, layers, "a-model")
+        write_basis(path, some_layers(), 3, "a-model")
     assert path.read_text() == "a good one" and list(tmp_path.iterdir()) == [path]
 
 
-@pytest.fixture(scope="module")
-def model_path(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS * GROUP,
-        num_key_value_heads=HEADS,
-        head_dim=SIZE,
-    )
-    LlamaForCausalLM(config).save_pretrained(path)
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
-    words.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(path)
-    return path
+def observed(*parts: torch.Tensor, projection: torch.Tensor | None, **options) -> Moments:
+    """Moments of one sequence, (tokens, heads, D) each."""
+    moments = Moments.zeros(parts[1].shape[1], parts[1].shape[2])
+    moments.observe(*parts, projection, **({"scale": 1.0} | options))
+    return moments
 
 
-def test_observed_attention_is_the_model_itself(model_path):
-    plain = LlamaForCausalLM.from_pretrained(model_path).eval()
-    tokens = torch.arange(50).unsqueeze(0)
-    with torch.inference_mode():
-        expected = plain(tokens).logits
-        calibrate(plain, tokens, context=50)
-        got = plain(tokens).logits
-    assert (got - expected).abs().max() < 1e-5
-
-
-def test_samples_are_spread_over_the_context(model_path):
-    """Else planes that rotary embedding turns slowly are stretched as if they never turned."""
-    model = LlamaForCausalLM.from_pretrained(model_path).eval()
-    seen = []
-
-    def record(module, arguments, settings):
-        seen.append(settings["position_ids"][0])
-
-    model.base_model.register_forward_pre_hook(record, with_kwargs=True)
-    samples = torch.arange(16 * 20).view(16, 20) % 97
-    calibrate(model, samples, context=2020)
-    first = torch.stack([positions[0] for positions in seen]).sort().values
-    assert all(torch.equal(x, x[0] + torch.arange(20)) for x in seen)
-    assert 0 <= first[0] < 300 and 1700 < first[-1] <= 2000
-    assert first.diff().max() < 300
-    seen.clear()
-    calibrate(model, samples, context=20)
-    assert all(positions[0] == 0 for positions in seen)
-
-
-def test_far_keys_lose_no_more_than_near_ones(model_path):
-    """Error of scores at the end of the context against its start, with keys stored in 3 bits.
-
-    As in trained models, keys have a large mean in planes that rotary embedding turns slowly.
-    """
-    model = LlamaForCausalLM.from_pretrained(model_path, attention_bias=True).eval()
-    for layer in model.model.layers:
-        for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
-            projection.bias.data.zero_().view(-1, SIZE)[:, 4:7] = 1
-    samples = torch.randint(97, (16, 64), generator=torch.Generator().manual_seed(0))
-    fmt = SparseFormat.from_config(SparseKVConfig(0.0, 0.0, "int3", "int3"), SIZE, torch.float32)
-
-    def error(context: int, first: int) -> float:
-        layers = calibrate(model, samples, context)
-        heads = []
-
-        def attention(module, query, key, value, mask, **kwargs):
-            basis = Basis.calibrated(fmt, layers[module.layer_idx])
-            packed = pack_vectors(change(key[0].transpose(0, 1), basis.key), fmt.key)
-            lost = change(unpack_vectors(*packed, fmt.key), basis.query.mT).transpose(0, 1) - key[0]
-            heads.append((query[0].unflatten(0, (HEADS, GROUP)) @ lost.unsqueeze(1).mT).square())
-            return query.transpose(1, 2), None
-
-        ALL_ATTENTION_FUNCTIONS.register("lossy", attention)
-        model.set_attn_implementation("lossy")
-        positions = torch.arange(first, first + 64).unsqueeze(0)
-        with torch.inference_mode():
-            model.base_model(samples[:1], position_ids=positions, use_cache=False)
-        return torch.stack(heads).mean().item()
-
-    assert error(2048, 1984) < 2 * error(2048, 0)
-    assert error(64, 1984) > 4 * error(64, 0)
-
-
-def attention_layer(weight: torch.Tensor) -> torch.nn.Module:
-    layer = torch.nn.Module()
-    layer.layer_idx = 0
-    layer.o_proj = torch.nn.Linear(*weight.shape[::-1], bias=False)
-    layer.o_proj.weight.data = weight
-    return layer
-
-
-def test_moments_of_one_attention_layer():
+def test_moments_of_one_sequence():
     """Two queries of one head; the first sees one key, so only the second weighs the keys."""
-    observed = Moments()
-    layer = attention_layer(torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 4.0]]))
-    key = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(1, 1, 2, 2)
-    query = torch.tensor([[3.0, 0.0], [1.0, 0.0]]).view(1, 1, 2, 2)
-    value = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(1, 1, 2, 2)
-    out, _ = observed.attention(layer, query, key, value, None, scaling=math.log(3))
-    # Scores of the second query: log 3 and 0, so p = 3 / 4 and 1 / 4; twice observed.
-    assert torch.allclose(out, torch.tensor([[1.0, 0.0], [0.75, 0.25]]).view(1, 2, 1, 2))
-    observed.attention(layer, query, key, value, None, scaling=math.log(3))
-    weight = 2 * 3 / 16
+    projection = torch.tensor([[1.0, 0.0], [0.0, 3.0], [0.0, 4.0]])
+    key = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).view(2, 1, 2)
+    query = torch.tensor([[3.0, 0.0], [1.0, 0.0]]).view(2, 1, 2)
+    value = torch.tensor([[1.0, 0.0], [0.0, 1.0]]).view(2, 1, 2)
+    moments = observed(query, key, value, projection=projection, scale=math.log(3))
+    # Scores of the second query: log 3 and 0, so p = 3 / 4 and 1 / 4.
+    weight = 3 / 16
     expected = torch.tensor([[weight, 0], [0, 4 * weight]], dtype=torch.float64)
-    assert (observed.key[0][0] - expected).abs().max() < 1e-6
-    expected = torch.tensor([[20.0, 0], [0, 0]], dtype=torch.float64)
-    assert torch.equal(observed.query[0][0], expected)
+    assert (moments.key[0] - expected).abs().max() < 1e-6
+    assert moments.key_sum[0].tolist() == pytest.approx([weight, 2 * weight])
+    assert moments.key_weight.item() == pytest.approx(2 * weight)
+    assert torch.equal(moments.query[0], torch.diag(torch.tensor([10.0, 0.0])).double())
     # p squared: 1 of the first query, 9 / 16 and 1 / 16 of the second.
-    expected = 2 * torch.tensor([[25 / 16, 0], [0, 1 / 16]], dtype=torch.float64)
-    assert (observed.value[0][0] - expected).abs().max() < 1e-6
-    expected = 2 * 26 / 16 * torch.tensor([[1.0, 0], [0, 25.0]], dtype=torch.float64)
-    assert (observed.output[0][0] - expected).abs().max() < 1e-5
+    expected = torch.tensor([[25 / 16, 0], [0, 1 / 16]], dtype=torch.float64)
+    assert (moments.value[0] - expected).abs().max() < 1e-6
+    assert moments.value_sum[0].tolist() == pytest.approx([25 / 16, 1 / 16])
+    assert moments.value_weight.item() == pytest.approx(26 / 16)
+    expected = 26 / 16 * torch.tensor([[1.0, 0], [0, 25.0]], dtype=torch.float64)
+    assert (moments.output[0] - expected).abs().max() < 1e-5
+    unknown = observed(query, key, value, projection=None, scale=math.log(3)).output[0]
+    assert (unknown - 26 / 16 * torch.eye(2)).abs().max() < 1e-5
+
+
+def test_moments_see_windows_caps_and_sinks():
+    """One query after two keys, scores 2 and 0 before the cap."""
+    key = torch.tensor([[2.0, 0.0], [0.0, 2.0]]).view(2, 1, 2)
+    query = torch.tensor([[0.0, 0.0], [1.0, 0.0]]).view(2, 1, 2)
+
+    def weights(**options) -> list[float]:
+        moments = observed(query, key, key, projection=None, **options)
+        return (moments.value[0].diagonal() / 4).tolist()
+
+    # The first query sees one key: p squared is 1.
+    assert weights(sliding_window=1) == pytest.approx([1, 1])
+    p = 1 / (1 + math.exp(-math.tanh(2)))
+    assert weights(soft_cap=1.0) == pytest.approx([1 + p**2, (1 - p) ** 2], rel=1e-5)
+    total = math.exp(2) + 1 + math.exp(3)
+    with_sink = [1 / (1 + math.exp(3)) ** 2 + (math.exp(2) / total) ** 2, 1 / total**2]
+    assert weights(sinks=torch.tensor([3.0])) == pytest.approx(with_sink, rel=1e-5)
+    capped = observed(query, key, key, projection=None, soft_cap=1.0)
+    slope = [1 - math.tanh(2) ** 2, 1.0]
+    expected = [4 * p * (1 - p) * x**2 for x in slope]
+    assert capped.key[0].diagonal().tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_output_moments_weigh_heads_by_their_own_attention():
     """Of a group's two heads one looks at one token, the other at all four alike."""
-    observed = Moments()
-    layer = attention_layer(torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
-    key = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]).view(1, 1, 4, 2)
-    query = torch.zeros(1, 2, 4, 2)
-    query[0, 0, :, 0] = 1000
-    observed.attention(layer, query, key, torch.ones(1, 1, 4, 2), None, scaling=1.0)
+    projection = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    key = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]]).view(4, 1, 2)
+    query = torch.zeros(4, 2, 2)
+    query[:, 0, 0] = 1000
+    moments = observed(query, key, torch.ones(4, 1, 2), projection=projection)
     expected = torch.diag(torch.tensor([4.0, 1 + 1 / 2 + 1 / 3 + 1 / 4], dtype=torch.float64))
-    assert (observed.output[0][0] - expected).abs().max() < 1e-6
-    layer.o_proj = None
-    with pytest.raises(ValueError, match="Module: has no output projection, must be one of"):
-        observed.attention(layer, query, key, key, None, scaling=1.0)
+    assert (moments.output[0] - expected).abs().max() < 1e-6
 
 
-def test_command(model_path, tmp_path, capsys):
-    text, output = tmp_path / "words.txt", tmp_path / "basis.safetensors"
-    text.write_text(" ".join(f"w{i * i % 97}" for i in range(130)))
-    command = [str(model_path), "--text", str(text), "--output", str(output), "--device", "cpu"]
-    main([*command, "--tokens", "129", "--length", "64"])
-    assert "2 layers, 128 tokens, condition " in capsys.readouterr().out
-    file = BasisFile.open(output)
-    assert (file.head_size, file.num_layers, file.num_kv_heads) == (SIZE, LAYERS, HEADS)
-    assert file.model == model_path.name
-    for index in range(LAYERS):
-        for matrices in file.layer(index):
-            matrices = matrices.double()
-            assert torch.linalg.det(matrices).abs().sub(1).abs().max() < 1e-5
-            assert torch.linalg.cond(matrices).min() > 1
-            assert torch.linalg.cond(matrices).max() <= 100
-    both = [str(model_path), "--text", str(text), str(text), "--output", str(output)]
-    main([*both, "--device", "cpu", "--tokens", "256", "--length", "64"])
-    assert "2 layers, 256 tokens, condition " in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"words.txt: 130 tokens, must be >= 16384 \(--tokens\)"):
-        main(command)
-    with pytest.raises(SystemExit, match="error: "):
-        main([str(tmp_path / "nothing"), "--text", str(text)])
-    for context in ("63", "2049"):
-        wanted = rf"--context {context}: must be >= 64 \(--length\) and <= 2048"
-        with pytest.raises(SystemExit, match=wanted):
-            main([*command, "--tokens", "128", "--length", "64", "--context", context])
-    with pytest.raises(SystemExit):
-        main([*command, "--length", "1"])
-    assert "--length 1: must be > 1 and <= 16384, a text's --tokens" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        parse([str(model_path), "--text", str(text), "--output", "no/basis"])
-    assert "--output no/basis: there is no folder no" in capsys.readouterr().err
+def test_moments_of_ranks_add_up():
+    """Four KV heads on two ranks, and one head on two ranks with half of its queries each."""
+    query, key, value = (
+        vectors(9, 8, SIZE),
+        vectors(9, 4, SIZE, seed=8),
+        vectors(9, 4, SIZE, seed=9),
+    )
+    projection = vectors(5, 8 * SIZE, seed=10)
+    whole = observed(query, key, value, projection=projection)
+    summed = Moments.zeros(4, SIZE)
+    halves = projection.view(5, 8, SIZE)
+    for heads in (slice(0, 2), slice(2, 4)):
+        queries = slice(2 * heads.start, 2 * heads.stop)
+        rank = (query[:, queries], key[:, heads], value[:, heads])
+        part = observed(*rank, projection=halves[:, queries].flatten(1))
+        summed.add(part, heads)
+    for name, tensor in vars(whole).items():
+        assert (getattr(summed, name) - tensor).abs().max() < 1e-6 * tensor.abs().max()
+    alone = observed(query[:, :2], key[:, :1], value[:, :1], projection=None)
+    shared = Moments.zeros(1, SIZE)
+    for head in (0, 1):
+        part = observed(query[:, head : head + 1], key[:, :1], value[:, :1], projection=None)
+        shared.add(part, slice(0, 1))
+    for name, tensor in vars(alone).items():
+        assert (getattr(shared, name) - tensor).abs().max() < 1e-6 * tensor.abs().max()
+
+
+def test_means_take_off_what_all_keys_share():
+    """Keys of size 1 around an offset of 300, as key biases make; int3 resolves them still."""
+    fmt = SparseFormat.from_config(SparseKVConfig(0.0, 0.0, "int3", "int3"), SIZE, torch.float32)
+    offset = torch.zeros(SIZE, dtype=torch.float64)
+    offset[3] = 300
+    query = vectors(200, HEADS * GROUP, SIZE)
+    key, value = vectors(200, HEADS, SIZE, seed=8) + offset, vectors(200, HEADS, SIZE, seed=9)
+    moments = observed(query, key, value, projection=None, scale=0.25)
+    errors = {}
+    for centred in (True, False):
+        layer = layer_basis(moments, centred)
+        assert (layer.key_mean[:, 3] - 300).abs().max() < 1 if centred else not layer.key_mean.any()
+        basis = Basis.calibrated(fmt, layer)
+        packed = pack_vectors(basis.stored_key(key.float()), fmt.key)
+        read = change(unpack_vectors(*packed, fmt.key), basis.query.mT, plus=basis.key_mean)
+        lost = (read.double() - key).transpose(0, 1)
+        # What all keys lack alike, softmax does not see.
+        lost = lost - lost.mean(1, keepdim=True)
+        asked = query.transpose(0, 1).unflatten(0, (HEADS, GROUP))
+        errors[centred] = (asked @ lost.unsqueeze(1).mT).square().mean().sqrt().item()
+    assert errors[True] < 1.2
+    assert errors[False] > 2 * errors[True]

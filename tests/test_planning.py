@@ -19,7 +19,10 @@ from vllm_sparsekv.engine import report
 from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVImpl
 from vllm_sparsekv.engine.window import RingSpec, WindowLayer
 
-SPARSE: dict[str, Any] = {"attention_backend": "sparsekv"}
+SPARSE: dict[str, Any] = {
+    "attention_backend": "sparsekv",
+    "additional_config": {"sparsekv": {"preset": "balanced"}},
+}
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -114,7 +117,7 @@ def layers_of(model: dict[str, Any]) -> dict[int, Layer]:
 def planned(folder: Path, model: dict[str, Any], settings: dict[str, Any] | None, **options: Any):
     """The plan for all layers of a model, dense without settings."""
     if settings is not None:
-        options |= SPARSE | {"additional_config": {"sparsekv": settings}}
+        options |= SPARSE | {"additional_config": {"sparsekv": {"preset": "balanced"} | settings}}
     config = configure(folder, model, **options)
     attention = layers_of(model)
     build_layers(config, attention)
@@ -265,7 +268,8 @@ def test_block_size_is_64_or_the_user_s(tmp_path, user):
     ],
 )
 def test_skipped_layers_are_the_platform_s_in_pages_like_ours(tmp_path, skip, dense):
-    options = SPARSE | {"additional_config": {"sparsekv": {"skip_layers": skip}}}
+    settings = {"preset": "balanced", "skip_layers": skip}
+    options = SPARSE | {"additional_config": {"sparsekv": settings}}
     config = configure(tmp_path, GEMMA_27B, max_model_len=32768, **options)
     layers = build_layers(config, layers_of(GEMMA_27B))
     own = build_layers(configure(tmp_path, GEMMA_27B), layers_of(GEMMA_27B))
@@ -290,7 +294,8 @@ def test_skipped_layers_are_the_platform_s_in_pages_like_ours(tmp_path, skip, de
 def test_skipping_no_layer_or_a_few_costs_what_is_said(tmp_path):
     lines = {}
     for skip in ((), (0, 1, -2, -1)):
-        options = SPARSE | {"additional_config": {"sparsekv": {"skip_layers": skip}}}
+        settings = {"preset": "balanced", "skip_layers": skip}
+        options = SPARSE | {"additional_config": {"sparsekv": settings}}
         config = configure(tmp_path, LLAMA_8B, max_model_len=32768, **options)
         layers = build_layers(config, layers_of(LLAMA_8B))
         tokens = plan(config).tokens

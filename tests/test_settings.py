@@ -19,7 +19,7 @@ DTYPES = {
 WINDOW = "must be an integer >= 0 (tokens)"
 SETTINGS = (
     "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window', 'basis', "
-    "'skip_layers']"
+    "'calibration_tokens', 'basis_sha256', 'skip_layers']"
 )
 
 
@@ -27,7 +27,40 @@ def test_defaults():
     defaults = SparseKVConfig()
     assert SparseKVConfig.from_dict(None) == SparseKVConfig.from_dict({}) == defaults
     assert SparseKVConfig.from_dict({"preset": "balanced"}) == defaults
-    assert defaults.window == 64
+    assert defaults.window == 64 and defaults.basis == "auto"
+
+
+def test_without_a_basis_the_default_is_what_no_model_suffers_from():
+    config = SparseKVConfig.from_dict({"basis": "none", "window": 8})
+    assert config == SparseKVConfig(**PRESETS["sparse-50"] | {"window": 8}, basis="none")
+    assert config.vectors == "keys fp8 pruned by 50%, values fp8 pruned by 50%"
+    named = SparseKVConfig.from_dict({"basis": "none", "preset": "balanced"})
+    assert named.vectors == "keys int4, values int3"
+    keys = SparseKVConfig.from_dict({"basis": "none", "key_dtype": "int4"})
+    assert keys.vectors == "keys int4, values fp8 pruned by 50%"
+
+
+def test_pruning_needs_no_codec_named():
+    assert SparseKVConfig.from_dict({"value_sparsity": 0.5}).vectors == (
+        "keys int4, values fp8 pruned by 50%"
+    )
+    assert SparseKVConfig.from_dict({"key_sparsity": 0.3}).vectors == (
+        "keys fp8 pruned by 30%, values int3"
+    )
+    both = {"key_sparsity": 0.7, "value_sparsity": 0.7}
+    assert SparseKVConfig.from_dict(both) == SparseKVConfig(**PRESETS["sparse-70"])
+    # A preset's codec stays where it can be pruned.
+    on_top = SparseKVConfig.from_dict(both | {"preset": "balanced"})
+    assert (on_top.key_dtype, on_top.value_dtype) == ("int4", "fp8")
+    paper = both | {"key_dtype": "auto", "value_dtype": "auto", "window": 32}
+    assert SparseKVConfig.from_dict(paper) == SparseKVConfig(0.7, 0.7, "auto", "auto", 32)
+
+
+def test_what_takes_a_basis():
+    assert SparseKVConfig.from_dict({"preset": "capacity"}).takes_basis
+    assert not SparseKVConfig.from_dict({"preset": "sparse-50"}).takes_basis
+    assert SparseKVConfig(basis="b").basis_path == "b"
+    assert SparseKVConfig().basis_path is SparseKVConfig(basis="none").basis_path is None
 
 
 def test_every_field_is_settable():
@@ -77,8 +110,12 @@ def test_bad_dtype(field, value):
 def test_two_bands_are_for_keys_in_a_calibrated_basis():
     wanted = f"sparsekv.value_dtype='int4_int2': must be one of {DTYPES['value_dtype']}"
     assert refusal({"value_dtype": "int4_int2", "basis": "b"}) == wanted
-    wanted = "sparsekv.basis=None: must be a file of sparsekv-calibrate with key_dtype='int4_int2'"
-    assert refusal({"key_dtype": "int4_int2"}) == wanted
+    wanted = (
+        "sparsekv.basis='none': must be 'auto' or a file of sparsekv-calibrate with "
+        "key_dtype='int4_int2'"
+    )
+    assert refusal({"key_dtype": "int4_int2", "basis": "none"}) == wanted
+    assert SparseKVConfig.from_dict({"key_dtype": "int4_int2"}).basis == "auto"
     assert SparseKVConfig(key_dtype="int4_int2", basis="b").key_sparsity == 0
 
 
@@ -99,17 +136,24 @@ def test_bad_window(value):
     assert refusal({"window": value}) == f"sparsekv.window={value!r}: {WINDOW}"
 
 
-@pytest.mark.parametrize("value", [3, True, ["b"], Path("b")])
+@pytest.mark.parametrize("value", [3, True, None, "", ["b"], Path("b")])
 def test_bad_basis(value):
-    assert refusal({"basis": value}) == f"sparsekv.basis={value!r}: must be None or a path (string)"
+    wanted = "must be 'auto', 'none' or a path (string)"
+    assert refusal({"basis": value}) == f"sparsekv.basis={value!r}: {wanted}"
+
+
+@pytest.mark.parametrize("value", [0, 1023, -5, 2048.0, "8192", None, True])
+def test_bad_calibration_tokens(value):
+    wanted = f"sparsekv.calibration_tokens={value!r}: must be an integer >= 1024"
+    assert refusal({"calibration_tokens": value}) == wanted
 
 
 @pytest.mark.parametrize("dtype", ["auto", "fp8"])
 def test_only_integers_change_basis(dtype):
     message = refusal({"basis": "b", "key_dtype": dtype, "value_dtype": "fp8"})
     assert message == (
-        f"sparsekv.basis='b': must be None with key_dtype={dtype!r}, value_dtype='fp8': "
-        "only integers change basis"
+        f"sparsekv.basis='b': must be 'auto' or 'none' with key_dtype={dtype!r}, "
+        "value_dtype='fp8': only integers change basis"
     )
     assert SparseKVConfig(key_dtype=dtype, basis="b").basis == "b"
     assert SparseKVConfig(value_dtype=dtype, basis="b").basis == "b"

@@ -12,16 +12,18 @@ from vllm_sparsekv.format.codecs import CODECS
 
 PRESETS: dict[str, dict[str, Any]] = {
     name: {
-        "key_sparsity": 0.0,
-        "value_sparsity": 0.0,
+        "key_sparsity": sparsity,
+        "value_sparsity": sparsity,
         "key_dtype": key_dtype,
         "value_dtype": value_dtype,
         "window": 64,
     }
-    for name, key_dtype, value_dtype in (
-        ("quality", "int4", "int4"),
-        ("balanced", "int4", "int3"),
-        ("capacity", "int3", "int3"),
+    for name, sparsity, key_dtype, value_dtype in (
+        ("quality", 0.0, "int4", "int4"),
+        ("balanced", 0.0, "int4", "int3"),
+        ("capacity", 0.0, "int3", "int3"),
+        ("sparse-50", 0.5, "fp8", "fp8"),
+        ("sparse-70", 0.7, "fp8", "fp8"),
     )
 }
 """Points on the curve of bytes against quality (``make bench-accuracy``).
@@ -43,9 +45,17 @@ At head_size 128 and 32,768 tokens the bytes are 3.85x, 4.38x and 5.07x below bf
 """
 
 
+CALIBRATED_DEFAULT = "balanced"
+UNCALIBRATED_DEFAULT = "sparse-50"
+"""Presets of who names none. Without a basis integers can ruin a model that others are good on."""
+
+PRUNED_DTYPE = "fp8"
+"""Of pruned vectors where no dtype is named."""
+
+
 @dataclass(frozen=True)
 class SparseKVConfig:
-    """Validated settings; the defaults are those of the preset ``balanced``.
+    """Validated settings; the defaults are those of a model with a basis.
 
     Attributes:
         key_sparsity: share of each key vector that is dropped, 0 <= s < 1.
@@ -54,8 +64,12 @@ class SparseKVConfig:
             needs a basis.
         value_dtype: the same for value elements, without "int4_int2".
         window: newest tokens of a request that stay dense, >= 0.
-        basis: path of a file written by ``sparsekv-calibrate`` for this model, in whose basis
-            integer keys and values are stored; None for the model's own.
+        basis: in which integer keys and values are stored: "auto", one calibrated for this model
+            when it is first served and kept; path of a file written by ``sparsekv-calibrate``; or
+            "none".
+        calibration_tokens: that a model reads when it is calibrated for "auto"; fewer take less
+            time.
+        basis_sha256: of the basis file, which every process that reads it must find; None for any.
         skip_layers: decoder layers that stay dense: indices, negative ones from the end, and the
             words "sliding" and "full".
     """
@@ -65,7 +79,9 @@ class SparseKVConfig:
     key_dtype: str = "int4"
     value_dtype: str = "int3"
     window: int = 64
-    basis: str | None = None
+    basis: str = "auto"
+    calibration_tokens: int = 8192
+    basis_sha256: str | None = None
     skip_layers: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -90,25 +106,51 @@ class SparseKVConfig:
                 )
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
             raise _invalid("window", self.window, "an integer >= 0 (tokens)")
-        if self.basis is not None:
-            if not isinstance(self.basis, str):
-                raise _invalid("basis", self.basis, "None or a path (string)")
-            dtypes = self.key_dtype, self.value_dtype
-            if not any(CODECS[dtype].integer for dtype in dtypes):
-                expected = "None with key_dtype={!r}, value_dtype={!r}: only integers change basis"
-                raise _invalid("basis", self.basis, expected.format(*dtypes))
-        elif CODECS[self.key_dtype].bands > 1:
-            raise _invalid(
-                "basis", None, f"a file of sparsekv-calibrate with key_dtype={self.key_dtype!r}"
+        if not isinstance(self.basis, str) or not self.basis:
+            raise _invalid("basis", self.basis, "'auto', 'none' or a path (string)")
+        if self.basis not in ("auto", "none") and not self.takes_basis:
+            expected = (
+                "'auto' or 'none' with key_dtype={!r}, value_dtype={!r}: only integers change basis"
             )
+            raise _invalid("basis", self.basis, expected.format(self.key_dtype, self.value_dtype))
+        if self.basis == "none":
+            self.check_without_basis()
+        tokens = self.calibration_tokens
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1024:
+            raise _invalid("calibration_tokens", tokens, "an integer >= 1024")
+        if self.basis_sha256 is not None and not isinstance(self.basis_sha256, str):
+            raise _invalid("basis_sha256", self.basis_sha256, "None or a string")
         skip = self.skip_layers
         if not isinstance(skip, (list, tuple)) or not all(map(_is_layer, skip)):
             raise _invalid("skip_layers", skip, "a list of indices and the words 'sliding', 'full'")
         object.__setattr__(self, "skip_layers", tuple(skip))
 
+    @property
+    def takes_basis(self) -> bool:
+        """Whether a basis changes anything: only integers are stored in one."""
+        return any(CODECS[dtype].integer for dtype in (self.key_dtype, self.value_dtype))
+
+    @property
+    def basis_path(self) -> str | None:
+        """Of the file, once it is known; None where vectors stay in the model's own basis."""
+        return None if self.basis in ("auto", "none") else self.basis
+
+    def check_without_basis(self) -> None:
+        """Raise ValueError unless vectors can be stored so in the model's own basis."""
+        if CODECS[self.key_dtype].bands > 1:
+            raise _invalid(
+                "basis",
+                "none",
+                f"'auto' or a file of sparsekv-calibrate with key_dtype={self.key_dtype!r}",
+            )
+
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> SparseKVConfig:
         """Build from the user's mapping; ``preset`` first, then single fields on top of it.
+
+        Who names neither preset nor anything about keys gets those of the default preset, which
+        depends on whether there is a basis; likewise values. Pruned vectors without a named dtype
+        take ``PRUNED_DTYPE``.
 
         Raises:
             ValueError: names the field, the value and the valid set.
@@ -123,13 +165,35 @@ class SparseKVConfig:
                 near = difflib.get_close_matches(str(name), valid, n=1)
                 hint = f"did you mean {near[0]!r}? " if near else ""
                 raise ValueError(f"sparsekv.{name}: unknown setting, {hint}valid: {valid}")
-        values = dict(settings)
-        preset = values.pop("preset", None)
-        if preset is not None:
-            if not isinstance(preset, str) or preset not in PRESETS:
-                raise _invalid("preset", preset, f"one of {sorted(PRESETS)}")
-            values = PRESETS[preset] | values
-        return cls(**values)
+        given = dict(settings)
+        preset = given.pop("preset", None)
+        if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
+            raise _invalid("preset", preset, f"one of {sorted(PRESETS)}")
+        uncalibrated = given.get("basis") == "none"
+        values = dict(
+            PRESETS[preset or (UNCALIBRATED_DEFAULT if uncalibrated else CALIBRATED_DEFAULT)]
+        )
+        for kind in ("key", "value"):
+            sparsity, dtype = f"{kind}_sparsity", f"{kind}_dtype"
+            if preset is None and (sparsity in given or dtype in given):
+                values |= {sparsity: 0.0, dtype: PRESETS[CALIBRATED_DEFAULT][dtype]}
+            named = preset is not None and not CODECS[values[dtype]].whole_only
+            if given.get(sparsity) and dtype not in given and not named:
+                values[dtype] = PRUNED_DTYPE
+        return cls(**(values | given))
+
+    @property
+    def vectors(self) -> str:
+        """What keys and values are stored as, for people."""
+        return ", ".join(
+            f"{kind}s {getattr(self, f'{kind}_dtype')}"
+            + (
+                f" pruned by {sparsity:.0%}"
+                if (sparsity := getattr(self, f"{kind}_sparsity"))
+                else ""
+            )
+            for kind in ("key", "value")
+        )
 
 
 SETTING_NAMES = ("preset", *(field.name for field in fields(SparseKVConfig)))

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from quality.methods import Method
+from quality.methods import Method, Shape
 
 TILE = 64
 """Positions whose queries are handled at once: their scores fit a CPU's caches."""
@@ -32,6 +32,9 @@ def rule_attention(
     dtype: torch.dtype,
     scale: float,
     chunk: int = 1,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention of one text.
 
@@ -43,6 +46,9 @@ def rule_attention(
         dtype: what dense keys and values are rounded to.
         scale: factor on q . k.
         chunk: tokens of one step.
+        sliding_window: newest tokens a query sees, its own among them.
+        soft_cap: scores are ``soft_cap * tanh(score / soft_cap)``.
+        sinks: (num_heads,) logits that only take part in the softmax's denominator.
 
     Returns:
         (num_heads, tokens, D) float32.
@@ -55,22 +61,34 @@ def rule_attention(
     position = torch.arange(tokens)
     first_dense = position // chunk * chunk - method.window
     out = torch.empty_like(grouped)
+    window = tokens if sliding_window is None else sliding_window
     for start in range(0, tokens, TILE):
         end = min(start + TILE, tokens)
+        oldest = max(0, start - window + 1)
         # Keys before `split` are cached for every query of the tile; from there on it depends.
-        split = max(0, int(first_dense[start]))
+        split = max(oldest, int(first_dense[start]))
         dense = position[split:end] >= first_dense[start:end, None]
-        future = position[split:end] > position[start:end, None]
+        distance = position[start:end, None] - position[oldest:end]
+        hidden = (distance < 0) | (distance >= window)
         for head, queries in enumerate(grouped[:, :, start:end].flatten(1, 2)):
-            weights = queries @ cached_key[head, :end].mT
-            near = weights[:, split:].unflatten(0, (-1, end - start))
+            weights = queries @ cached_key[head, oldest:end].mT
+            near = weights[:, split - oldest :].unflatten(0, (-1, end - start))
             exact = (queries @ key[head, split:end].mT).unflatten(0, near.shape[:2])
-            near.copy_(torch.where(dense, exact, near).masked_fill_(future, -torch.inf))
-            weights.sub_(weights.amax(-1, keepdim=True)).exp_()
-            total = weights.sum(-1, keepdim=True)
+            near.copy_(torch.where(dense, exact, near))
+            if soft_cap is not None:
+                weights.div_(soft_cap).tanh_().mul_(soft_cap)
+            weights.unflatten(0, (-1, end - start)).masked_fill_(hidden, -torch.inf)
+            largest = weights.amax(-1, keepdim=True)
+            total = 0
+            if sinks is not None:
+                sink = sinks.float().view(num_kv_heads, -1)[head].repeat_interleave(end - start)
+                largest = torch.maximum(largest, sink[:, None])
+                total = (sink[:, None] - largest).exp()
+            weights.sub_(largest).exp_()
+            total = total + weights.sum(-1, keepdim=True)
             result = (near * dense).flatten(0, 1) @ value[head, split:end]
             near *= ~dense
-            result += weights @ cached_value[head, :end]
+            result += weights @ cached_value[head, oldest:end]
             out[head, :, start:end] = result.div_(total).unflatten(0, near.shape[:2])
     return out.flatten(0, 1)
 
@@ -89,18 +107,29 @@ class RuleModel:
             path, dtype=torch.float32, attn_implementation=NAME
         ).eval()
         self.dtype = dtype
+        self.shape = Shape.of(self.model.config)
         self._active: tuple[Method, int] | None = None
 
     @property
     def head_size(self) -> int:
-        config = self.model.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return self.shape.head_size
 
     def _attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
         method, chunk = self._active
         if method.layers:
             method = method.layers[module.layer_idx]
-        out = rule_attention(query[0], key[0], value[0], method, self.dtype, scaling, chunk)
+        out = rule_attention(
+            query[0],
+            key[0],
+            value[0],
+            method,
+            self.dtype,
+            scaling,
+            chunk,
+            kwargs.get("sliding_window"),
+            kwargs.get("softcap"),
+            kwargs.get("s_aux"),
+        )
         return out.transpose(0, 1).unsqueeze(0).contiguous(), None
 
     @contextmanager
@@ -115,9 +144,13 @@ class RuleModel:
     def hidden(self, tokens: torch.Tensor, method: Method, chunk: int = 1) -> torch.Tensor:
         """(tokens,) int64 -> (tokens, hidden size), the input of the output layer."""
         with self._using(method, chunk):
-            return self.model.model(tokens.unsqueeze(0), use_cache=False).last_hidden_state[0]
+            return self.model.base_model(tokens.unsqueeze(0), use_cache=False).last_hidden_state[0]
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """(n, hidden size) -> (n, vocabulary) float32."""
-        return self.model.lm_head(hidden)
+        config = self.model.config.get_text_config(decoder=True)
+        factor = getattr(config, "logit_scale", 1) / getattr(config, "logits_scaling", 1)
+        logits = self.model.get_output_embeddings()(hidden) * factor
+        cap = getattr(config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * (logits / cap).tanh()

@@ -1,7 +1,7 @@
 """KV-cache methods under one interface: what a cached key or value becomes, and what it costs.
 
-Every method sees the same dense window. A method that needs its own encoder here is written from
-its paper or from vLLM's description of the format; ours goes through the project's pack and unpack.
+Every method sees the same dense window. Ours go through the project's pack and unpack, those of
+others through :mod:`quality.rivals` and :mod:`quality.policies`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,28 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
-from quality.policies import WINDOW, Magnitude, OutputAware, PerChannel, Policy, Think
+from quality.policies import WINDOW, Magnitude, OutputAware, PerChannel, Policy, Think, TwoOfFour
+from quality.rivals import (
+    KVARN_TILE,
+    fp8,
+    int8,
+    kvarn,
+    min_max,
+    mxfp4,
+    nvfp4,
+    rotated,
+    turboquant,
+)
 from vllm_sparsekv.format.basis import Basis, change
 from vllm_sparsekv.format.basis_file import BasisFile
-from vllm_sparsekv.format.layout import TAG_BYTES, SparseFormat, VectorFormat
+from vllm_sparsekv.format.layout import TAG_BYTES, SparseFormat
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
@@ -27,6 +39,26 @@ CALIBRATED = "-calibrated"
 
 Vectors = torch.Tensor
 """(num_kv_heads, tokens, D) in the cache dtype of the dense baseline."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model a cache depends on."""
+
+    head_size: int
+    num_kv_heads: int
+    num_layers: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> Shape:
+        """That of a Hugging Face model; layers of several head sizes count as the usual one."""
+        text = config.get_text_config(decoder=True)
+        heads = text.num_attention_heads
+        return cls(
+            getattr(text, "head_dim", None) or text.hidden_size // heads,
+            getattr(text, "num_key_value_heads", None) or heads,
+            text.num_hidden_layers,
+        )
 
 
 @dataclass(frozen=True)
@@ -40,7 +72,8 @@ class Method:
         window: newest tokens that stay dense.
         evaluation_only: true where the method cannot serve (it looks at the whole prompt).
         settings: the user's settings where the method is ours.
-        layers: the method of each layer where they differ; only ``key`` and ``value`` count.
+        layers: the method of each layer where they differ.
+        sinks: first tokens of a text that stay dense as well, which ``key`` and ``value`` know.
     """
 
     key: Callable[[Vectors, torch.Tensor], Vectors]
@@ -50,6 +83,7 @@ class Method:
     evaluation_only: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     layers: tuple[Method, ...] = ()
+    sinks: int = 0
 
     def token_bytes(self, dense_bytes: int, context: int) -> float:
         """Bytes a token and KV head, the window's bytes spread over ``context`` tokens.
@@ -58,7 +92,32 @@ class Method:
             dense_bytes: one key plus one value vector, unpruned.
             context: tokens of the request.
         """
-        return self.vector_bytes + self.window * (dense_bytes + TAG_BYTES) / context
+        if self.layers:
+            sizes = [layer.token_bytes(dense_bytes, context) for layer in self.layers]
+            return sum(sizes) / len(sizes)
+        window = self.window * (dense_bytes + TAG_BYTES) / context
+        return self.vector_bytes + window + self.sinks * (dense_bytes - self.vector_bytes) / context
+
+    def codec(self, shape: Shape, dtype: torch.dtype) -> str:
+        """8 hexadecimal digits that change with the code or the format of a method.
+
+        They stand for its bytes and for the squared errors of vectors that are always the same,
+        to four digits: the last bits of a float depend on the machine.
+        """
+        generator = torch.Generator().manual_seed(0)
+        sizes = (2, shape.num_kv_heads, 2 * KVARN_TILE, shape.head_size)
+        x = torch.randn(sizes, generator=generator) * torch.linspace(0.25, 2, shape.head_size)
+        key, value = x.to(dtype)
+        layers = self.layers or (self,)
+        errors = (
+            sum((cached - exact.float()).square().sum().item() for cached in read)
+            for exact, read in (
+                (key, [layer.key(key, key) for layer in layers]),
+                (value, [layer.value(value) for layer in layers]),
+            )
+        )
+        facts = [self.vector_bytes, self.window, self.sinks, *(f"{x:.3e}" for x in errors)]
+        return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
 
 
 DENSE = Method(lambda key, query: key.float(), torch.Tensor.float, 0, 0)
@@ -68,19 +127,25 @@ DENSE = Method(lambda key, query: key.float(), torch.Tensor.float, 0, 0)
 def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method:
     """Ours: keys and values through the project's own pack and unpack.
 
+    Without a basis file vectors are stored as in a model that could not be calibrated.
+
     Raises:
         ValueError: the configured basis is not a basis file or of another head size.
     """
     fmt = SparseFormat.from_config(config, head_size, dtype)
-    # Which layers are skipped, no evaluation here knows.
-    settings = {name: value for name, value in asdict(config).items() if value is not None}
-    del settings["skip_layers"]
-    if config.basis is None:
+    settings = {
+        name: value
+        for name, value in asdict(config).items()
+        # Which layers are skipped, no evaluation here knows.
+        if name not in ("skip_layers", "basis", "basis_sha256")
+    }
+    if config.basis_path is None:
         return _stored(fmt, Basis.of(fmt), settings)
-    file = BasisFile.open(config.basis)
-    if file.head_size != head_size:
-        raise ValueError(f"{file.path}: head_size {file.head_size}, must be {head_size}")
-    settings["basis"] = hashlib.sha256(file.path.read_bytes()).hexdigest()[:16]
+    file = BasisFile.open(config.basis_path)
+    sizes = {size for _, size in file.shapes.values()}
+    if sizes != {head_size}:
+        raise ValueError(f"{file.path}: head sizes {sorted(sizes)}, must be {head_size}")
+    settings["basis"] = file.sha256[:16]
     layers = tuple(
         _stored(fmt, Basis.calibrated(fmt, file.layer(index)), settings)
         for index in range(file.num_layers)
@@ -91,110 +156,133 @@ def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method
 def _stored(fmt: SparseFormat, basis: Basis, settings: dict[str, Any]) -> Method:
     """What vectors read back as in one layer."""
 
-    def read_back(
-        vector: VectorFormat, there: torch.Tensor | None, back: torch.Tensor | None, x: Vectors
-    ) -> Vectors:
-        packed = pack_vectors(change(x.transpose(0, 1), there), vector)
-        return change(unpack_vectors(*packed, vector), back).transpose(0, 1)
+    def key(x: Vectors, query: torch.Tensor) -> Vectors:
+        packed = pack_vectors(basis.stored_key(x.transpose(0, 1)), fmt.key)
+        back = None if basis.query is None else basis.query.mT
+        stored = unpack_vectors(*packed, fmt.key)
+        return change(stored, back, plus=basis.key_mean).transpose(0, 1)
 
-    key_back = None if basis.query is None else basis.query.mT
+    def value(x: Vectors) -> Vectors:
+        packed = pack_vectors(basis.stored_value(x.transpose(0, 1)), fmt.value)
+        return basis.restored(unpack_vectors(*packed, fmt.value)).transpose(0, 1)
+
     return Method(
-        key=lambda key, query: read_back(fmt.key, basis.key, key_back, key),
-        value=partial(read_back, fmt.value, basis.value, basis.output),
-        vector_bytes=fmt.token_bytes,
-        window=fmt.window,
-        settings=settings,
+        key=key, value=value, vector_bytes=fmt.token_bytes, window=fmt.window, settings=settings
     )
 
 
-def _fp8(x: Vectors) -> Vectors:
-    """float8 e4m3, scale 1: vLLM's ``kv_cache_dtype="fp8"`` without calibration."""
-    return x.float().clamp(-448, 448).to(torch.float8_e4m3fn).float()
-
-
-def _int8(x: Vectors) -> Vectors:
-    """Symmetric int8 with one scale per token and head: vLLM's ``int8_per_token_head``."""
-    x = x.float()
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-    return (x / scale).round() * scale
-
-
-def _min_max(x: Vectors, bits: int) -> Vectors:
-    """Asymmetric integers between the minimum and the maximum, both scales float16."""
-    x = x.float()
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    low = low.half().float()
-    step = ((high - low) / (2**bits - 1)).half().float().clamp_min(1e-7)
-    return low + ((x - low) / step).round().clamp(0, 2**bits - 1) * step
-
-
-def _rotated(quantise: Callable[[Vectors], Vectors], x: Vectors) -> Vectors:
-    """Quantise in a randomly signed Hadamard basis."""
-    basis = hadamard(x.shape[-1])
-    return quantise(x.float() @ basis) @ basis.T
-
-
-@cache
-def hadamard(size: int) -> torch.Tensor:
-    """(size, size) orthogonal: random signs, then the Hadamard transform.
-
-    Raises:
-        ValueError: ``size`` is not a power of two.
-    """
-    if size & (size - 1):
-        raise ValueError(f"head_size={size}: a Hadamard rotation needs a power of two")
-    matrix = torch.ones(1, 1)
-    while matrix.shape[0] < size:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    signs = torch.randint(2, (size,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    return signs.unsqueeze(1) * matrix / size**0.5
-
-
-@cache
-def lloyd_max(bits: int) -> torch.Tensor:
-    """(2 ** bits,) levels that minimise the squared error of a standard normal, ascending."""
-    grid = torch.linspace(-6, 6, 120_001, dtype=torch.float64)
-    weight = (-grid.square() / 2).exp()
-    levels = torch.linspace(-2.5, 2.5, 2**bits, dtype=torch.float64)
-    for _ in range(500):
-        cell = torch.bucketize(grid, (levels[1:] + levels[:-1]) / 2)
-        mass = torch.zeros_like(levels).index_add_(0, cell, weight)
-        levels = torch.zeros_like(levels).index_add_(0, cell, weight * grid) / mass
-    return levels.float()
-
-
-def _turboquant(x: Vectors, bits: int) -> Vectors:
-    """TurboQuant (arXiv 2504.19874), the MSE quantiser: rotate, Lloyd-Max per coordinate.
-
-    The norm is stored beside the codes (float16, 2 bytes); the rotation is a signed Hadamard.
-    """
-    size = x.shape[-1]
-    levels = lloyd_max(bits)
-
-    def quantise(y: Vectors) -> Vectors:
-        norm = y.norm(dim=-1, keepdim=True).half().float().clamp_min(1e-7)
-        code = torch.bucketize(y / norm * size**0.5, (levels[1:] + levels[:-1]) / 2)
-        return levels[code] * norm / size**0.5
-
-    return _rotated(quantise, x)
+def edges_dense(method: Method, num_layers: int, dense_bytes: int, edge: int = 2) -> Method:
+    """The same with the first and last ``edge`` layers dense, at most all of them."""
+    edge = min(edge, num_layers // 2)
+    dense = replace(DENSE, vector_bytes=dense_bytes)
+    layers = (dense,) * edge + (method,) * (num_layers - 2 * edge) + (dense,) * edge
+    mean = sum(layer.vector_bytes for layer in layers) / num_layers
+    return replace(method, vector_bytes=mean, layers=layers)
 
 
 def build_methods(
-    head_size: int, dtype: torch.dtype, window: int = 64, basis: Path | None = None
+    shape: Shape, dtype: torch.dtype, window: int = 64, basis: Path | None = None
 ) -> dict[str, Method]:
     """All rows of the comparison.
 
     Args:
-        head_size: D.
+        shape: of the model.
         dtype: cache dtype of the dense baseline and of every method's window.
         basis: file of ``sparsekv-calibrate``; adds each preset in it, and a few rows more.
-        window: the dense window of the rivals; Mustafar and ThinK use the 32 of their papers.
+        window: the dense window of the rivals; those that prune use the 32 of Mustafar and ThinK.
             Rows of :mod:`quality.policies` cost what a bitmap and 16-bit survivors would.
     """
+    dense_bytes = 2 * shape.head_size * dtype.itemsize
+    return {
+        "dense": replace(DENSE, vector_bytes=dense_bytes),
+        **_quantised(shape, dense_bytes, window),
+        **_pruned(shape.head_size, dtype),
+        **_ours(shape.head_size, dtype, basis),
+    }
 
-    def quantised(quantise: Callable[[Vectors], Vectors], bits: float, scale: int) -> Method:
-        size = 2 * (head_size * bits / 8 + scale)
-        return Method(lambda key, query: quantise(key), quantise, size, window)
+
+def _quantised(shape: Shape, dense_bytes: int, window: int) -> dict[str, Method]:
+    """Rivals that keep every element.
+
+    Names of vLLM's cache dtypes, with underscores, are what vLLM runs under them: of TurboQuant and
+    UltraQuant all but the first and last two layers.
+    """
+    size = shape.head_size
+
+    def pair(
+        key: Callable[[Vectors], Vectors],
+        value: Callable[[Vectors], Vectors],
+        bits: float,
+        scales: float,
+    ) -> Method:
+        """``bits`` of one element of both, ``scales`` bytes of both."""
+        return Method(lambda x, query: key(x), value, size * bits / 8 + scales, window)
+
+    def as_shipped(method: Method) -> Method:
+        return edges_dense(method, shape.num_layers, dense_bytes)
+
+    int4 = partial(min_max, bits=4)
+    turbo4, turbo3 = (partial(turboquant, bits=bits) for bits in (4, 3))
+    kvarn_scales = (3 * size + 3 * KVARN_TILE) * 2 / KVARN_TILE
+    return {
+        "fp8": pair(fp8, fp8, 16, 0),
+        "int8-token-head": pair(int8, int8, 16, 8),
+        "int4-token-head": pair(partial(rotated, int4), partial(rotated, int4), 8, 8),
+        "int4-plain": pair(int4, int4, 8, 8),
+        "turboquant-4": pair(turbo4, turbo4, 8, 4),
+        "turboquant-3": pair(turbo3, turbo3, 6, 4),
+        "turboquant-k4v3": pair(turbo4, turbo3, 7, 4),
+        "turboquant_k8v4": as_shipped(pair(fp8, int4, 12, 4)),
+        "turboquant_4bit_nc": as_shipped(pair(partial(turbo4, unit=True), int4, 8, 6)),
+        "turboquant_3bit_nc": as_shipped(
+            pair(partial(turbo3, unit=True), partial(min_max, bits=3), 6, 6)
+        ),
+        "ultraquant_4bit": as_shipped(pair(partial(rotated, mxfp4), mxfp4, 8, size / 16)),
+        "nvfp4": pair(nvfp4, nvfp4, 8, size / 8),
+        "kvarn_k4v2_g128": replace(
+            pair(partial(kvarn, bits=4, axis=-2), partial(kvarn, bits=2, axis=-1), 6, kvarn_scales),
+            sinks=KVARN_TILE,
+        ),
+    }
+
+
+def _pruned(head_size: int, dtype: torch.dtype) -> dict[str, Method]:
+    """Rivals that prune; survivors have 16 bits."""
+    half = head_size // 2
+    packed_bytes = head_size // 8 + half * dtype.itemsize
+
+    def pruned(
+        key: Policy, value: Policy | None, size: int, evaluation_only: bool = True
+    ) -> Method:
+        def read_value(x: Vectors) -> Vectors:
+            return x.float() * (value.survivors(x, None) if value else 1)
+
+        return Method(
+            lambda k, query: k.float() * key.survivors(k, query),
+            read_value,
+            size,
+            WINDOW,
+            evaluation_only,
+        )
+
+    return {
+        "think-50": pruned(Think(half), None, (half + head_size) * dtype.itemsize),
+        "output-aware-50": pruned(OutputAware(half), Magnitude(half), 2 * packed_bytes),
+        "per-channel-50": pruned(PerChannel(0.5), PerChannel(0.5), 2 * packed_bytes),
+        "2-of-4": pruned(TwoOfFour(), TwoOfFour(), 2 * packed_bytes, evaluation_only=False),
+        **{
+            f"mustafar-{percent}": sparse(
+                SparseKVConfig(percent / 100, percent / 100, "auto", "auto", WINDOW),
+                head_size,
+                dtype,
+            )
+            for percent in (50, 70)
+        },
+    }
+
+
+def _ours(head_size: int, dtype: torch.dtype, basis: Path | None) -> dict[str, Method]:
+    """Presets and other settings, and those that a calibrated basis is for."""
 
     def ours(**settings: Any) -> Method:
         return sparse(SparseKVConfig.from_dict(settings), head_size, dtype)
@@ -202,7 +290,7 @@ def build_methods(
     calibrated = {
         f"sparsekv-{name}{CALIBRATED}": ours(**settings, basis=str(basis))
         for name, settings in (
-            *((name, {"preset": name}) for name in PRESETS),
+            *((name, {"preset": name}) for name in PRESETS if _is_integer(PRESETS[name])),
             ("balanced-window-112", {"preset": "balanced", "window": 112}),
             ("int4_int2-int3", {"key_dtype": "int4_int2"}),
             ("int4_int2-int3-window-160", {"key_dtype": "int4_int2", "window": 160}),
@@ -211,42 +299,18 @@ def build_methods(
         )
         if basis and not (head_size % 32 and settings.get("key_dtype") == "int4_int2")
     }
-    half = head_size // 2
-    dense_bytes = 2 * head_size * dtype.itemsize
-    packed_bytes = head_size // 8 + half * dtype.itemsize
-
-    def pruned(key: Policy, value: Policy | None, size: int) -> Method:
-        def read_value(x: Vectors) -> Vectors:
-            return x.float() * (value.survivors(x, None) if value else 1)
-
-        return Method(
-            lambda k, query: k.float() * key.survivors(k, query), read_value, size, WINDOW, True
-        )
-
-    mustafar = {
-        f"mustafar-{percent}": sparse(
-            SparseKVConfig(percent / 100, percent / 100, "auto", "auto", WINDOW), head_size, dtype
-        )
-        for percent in (50, 70)
+    plain = {
+        **{name: {"preset": name} for name in PRESETS},
+        "50-auto": _settings(0.5, 0.5, "auto"),
+        "30-50-int4": _settings(0.3, 0.5, "int4"),
     }
-    return {
-        "dense": replace(DENSE, vector_bytes=dense_bytes),
-        "fp8": quantised(_fp8, 8, 0),
-        "int8-token-head": quantised(_int8, 8, 4),
-        "int4-token-head": quantised(partial(_rotated, partial(_min_max, bits=4)), 4, 4),
-        "int4-plain": quantised(partial(_min_max, bits=4), 4, 4),
-        "turboquant-4": quantised(partial(_turboquant, bits=4), 4, 2),
-        "turboquant-3": quantised(partial(_turboquant, bits=3), 3, 2),
-        "turboquant-k4v3": Method(
-            lambda key, query: _turboquant(key, 4),
-            partial(_turboquant, bits=3),
-            head_size * 7 / 8 + 4,
-            window,
-        ),
-        "think-50": pruned(Think(half), None, (half + head_size) * dtype.itemsize),
-        "output-aware-50": pruned(OutputAware(half), Magnitude(half), 2 * packed_bytes),
-        "per-channel-50": pruned(PerChannel(0.5), PerChannel(0.5), 2 * packed_bytes),
-        **mustafar,
-        **{f"sparsekv-{name}": ours(preset=name) for name in PRESETS},
-        **calibrated,
-    }
+    return {f"sparsekv-{name}": ours(**settings) for name, settings in plain.items()} | calibrated
+
+
+def _settings(key_sparsity: float, value_sparsity: float, dtype: str) -> dict[str, Any]:
+    sparsity = {"key_sparsity": key_sparsity, "value_sparsity": value_sparsity}
+    return sparsity | {"key_dtype": dtype, "value_dtype": dtype}
+
+
+def _is_integer(settings: dict[str, Any]) -> bool:
+    return SparseKVConfig.from_dict(settings).takes_basis

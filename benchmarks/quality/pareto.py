@@ -10,7 +10,7 @@ from statistics import stdev
 
 import torch
 
-from quality.methods import CALIBRATED, Method
+from quality.methods import CALIBRATED, Method, Shape
 from quality.perplexity import summary
 from quality.results import Results
 
@@ -22,19 +22,26 @@ WORST_RATIO = 1.04
 
 
 def rows(
-    path: Path, methods: dict[str, Method], head_size: int, dtype: torch.dtype
+    path: Path, model: str, methods: dict[str, Method], shape: Shape, dtype: torch.dtype
 ) -> list[dict[str, object]]:
-    """One row per method and sample length, best bytes last.
+    """One row per method and sample length of one model, best bytes last.
 
     A row's ratio is the geometric mean over texts, its error the standard error over all samples
     (NaN for one sample), its KL and top-1 are plain means; only decoding steps (``chunk`` 1) and
-    evaluations of a method's present settings count.
+    evaluations of a method's present settings and code count.
     """
-    dense_bytes = 2 * head_size * dtype.itemsize
+    dense_bytes = 2 * shape.head_size * dtype.itemsize
+    codecs = {name: method.codec(shape, dtype) for name, method in methods.items()}
     groups = defaultdict(lambda: defaultdict(list))
     for entry in Results(path).entries:
         method = methods.get(entry["method"])
-        if method and entry["chunk"] == 1 and entry["settings"] == method.settings:
+        if (
+            method
+            and entry["model"] == model
+            and entry["chunk"] == 1
+            and entry["settings"] == method.settings
+            and entry.get("codec") == codecs[entry["method"]]
+        ):
             groups[entry["method"], entry["length"]][entry["text"]].append(
                 {key: entry[key] for key in ("tokens", "nll", "dense_nll", "kl", "top1")}
             )
@@ -89,9 +96,11 @@ def markdown(table: list[dict[str, object]]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, methods: dict[str, Method], head_size: int, dtype: torch.dtype) -> None:
+def write(
+    path: Path, model: str, methods: dict[str, Method], shape: Shape, dtype: torch.dtype
+) -> None:
     """Write ``pareto.json`` and ``pareto.png`` beside ``path`` and print the table."""
-    table = rows(path, methods, head_size, dtype)
+    table = rows(path, model, methods, shape, dtype)
     path.with_name("pareto.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(markdown(table))
     draw([row for row in table if row["method"] != "dense"], path.with_name("pareto.png"))

@@ -18,16 +18,20 @@ TILE = 256
 def token_samples(tokenizer, path: Path, count: int, length: int, window: int) -> torch.Tensor:
     """The first ``count`` runs of ``length`` tokens of a text, (count, length) int64.
 
+    Each starts as the tokenizer starts a text.
+
     Raises:
         ValueError: the text is shorter than one window or than one sample.
     """
-    tokens = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    start = tokenizer("")["input_ids"]
+    tokens = tokenizer(path.read_text(encoding="utf-8"), verbose=False)["input_ids"][len(start) :]
     if len(tokens) <= window:
         raise ValueError(f"{path}: {len(tokens)} tokens, shorter than one window of {window}")
-    if len(tokens) < length:
-        raise ValueError(f"{path}: {len(tokens)} tokens, must be >= {length} for one sample")
-    count = min(count, len(tokens) // length)
-    return torch.tensor(tokens[: count * length]).view(count, length)
+    each = length - len(start)
+    if len(tokens) < each:
+        raise ValueError(f"{path}: {len(tokens)} tokens, must be >= {each} for one sample")
+    count = min(count, len(tokens) // each)
+    return torch.tensor([start + tokens[i * each : (i + 1) * each] for i in range(count)])
 
 
 @torch.inference_mode()

@@ -41,6 +41,15 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
+class TwoOfFour:
+    """The two largest of each four neighbours in a vector, which sparse tensor cores can multiply
+    (HieraSparse, arXiv 2604.16864, with every vector pruned)."""
+
+    def survivors(self, x: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
+        return _largest(x.abs().unflatten(-1, (-1, 4)), 2, -1).flatten(-2)
+
+
+@dataclass(frozen=True)
 class OutputAware:
     """The largest of each key times its channel's weight, the mean size of all queries there.
 

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-KEYS = ("model", "dtype", "text", "tokens_sha256", "chunk", "method", "window", "settings")
-"""What makes two evaluations the same one."""
+KEYS = ("model", "dtype", "text", "tokens_sha256", "chunk", "method", "window", "settings", "codec")
+"""What makes two evaluations the same one; entries that lack one of them are none."""
 
 
 class Results:
@@ -33,7 +33,7 @@ class Results:
                 raise ValueError(f"{path}: not a result file ({error})") from error
 
     def has(self, key: dict[str, Any]) -> bool:
-        return any(all(entry[name] == key[name] for name in KEYS) for entry in self.entries)
+        return any(all(entry.get(name) == key[name] for name in KEYS) for entry in self.entries)
 
     def add(self, key: dict[str, Any], sums: dict[str, float]) -> None:
         self.entries.append(key | sums)

@@ -80,6 +80,8 @@ def _question(record: object, where: str) -> Question:
 def passkey_prompt(tokenizer, length: int, depth: float, seed: int) -> tuple[list[int], list[int]]:
     """A needle in filler of about ``length`` tokens, ``depth`` of the way in.
 
+    It starts as the tokenizer starts a text.
+
     Returns:
         tokens of the prompt and of the answer.
     """
@@ -88,13 +90,14 @@ def passkey_prompt(tokenizer, length: int, depth: float, seed: int) -> tuple[lis
         tokenizer(text, add_special_tokens=False)["input_ids"]
         for text in (NEEDLE.format(key=key), QUESTION)
     )
+    start = tokenizer("")["input_ids"]
     filler = tokenizer(FILLER, add_special_tokens=False)["input_ids"]
-    room = length - len(needle) - len(question)
+    room = length - len(start) - len(needle) - len(question)
     if room < 0:
         raise ValueError(f"length={length}: must be >= {length - room} tokens for a passkey")
     sentences = max(1, room // len(filler))
     before = round(sentences * depth)
-    prompt = filler * before + needle + filler * (sentences - before) + question
+    prompt = start + filler * before + needle + filler * (sentences - before) + question
     return prompt, tokenizer(f" {key}", add_special_tokens=False)["input_ids"]
 
 

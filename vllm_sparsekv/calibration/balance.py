@@ -12,11 +12,44 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparsekv.calibration.moments import Moments
+from vllm_sparsekv.format.basis import LayerBasis
+
+METHOD = "1"
+"""Of everything that decides what a basis is: the text, the moments, the balance."""
+
 RIDGE = 1e-2
 """Added to the diagonal of moments, in units of its mean."""
 
 LARGEST_CONDITION = 100.0
 """Of a matrix: the ratio of its largest to its smallest singular value."""
+
+
+def layer_basis(moments: Moments, centred: bool) -> LayerBasis:
+    """The basis of one layer, float64.
+
+    Args:
+        moments: of the layer.
+        centred: whether attention allows vectors to be stored less their mean, see
+            :mod:`vllm_sparsekv.format.basis`. It is weighted as the moments are: what most of the
+            attention goes to is then stored best.
+    """
+    key_mean, key = _about_mean(moments.key, moments.key_sum, moments.key_weight, centred)
+    value_mean, value = _about_mean(moments.value, moments.value_sum, moments.value_weight, centred)
+    return LayerBasis(
+        key=balanced_basis(key, moments.query),
+        value=balanced_basis(value, moments.output),
+        key_mean=key_mean,
+        value_mean=value_mean,
+    )
+
+
+def _about_mean(
+    second: torch.Tensor, first: torch.Tensor, weight: torch.Tensor, centred: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted mean, (num_kv_heads, D), and second moment about it; about 0 if not ``centred``."""
+    mean = first / weight[:, None] if centred else torch.zeros_like(first)
+    return mean, second / weight[:, None, None] - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
 
 def balance(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:

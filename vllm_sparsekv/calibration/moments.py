@@ -1,142 +1,126 @@
-"""Second moments of a model's keys, queries and values, observed in transformers' attention.
+"""Second moments of what attention stores and of what reads it, of one layer.
 
 Keys count by the attention they receive, p (1 - p) summed over queries, the derivative of the
 softmax. An error e in a value moves the layer's output by ``p Wo e``: values count by p squared,
 summed over queries, and are read by the rows of the output projection Wo, each head's as much as
 its own p squared.
-
-Rotary embedding turns keys and queries with their position, the slowest planes by little within
-one sample. Attention knows only distances, so samples are placed all over the context: the moments
-are then those of keys at any position.
 """
 
 from __future__ import annotations
 
-import sys
+from dataclasses import dataclass, fields
 
 import torch
-from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-from vllm_sparsekv.calibration.balance import balanced_basis
-from vllm_sparsekv.format.basis import LayerMatrices
-
-NAME = "sparsekv_calibration"
-
-OUTPUT_PROJECTIONS = ("o_proj", "out_proj", "dense")
-"""What transformers' attention layers call the linear layer after attention."""
 
 
+@dataclass
 class Moments:
-    """Second moments of what is stored and of what reads it, by attention layer.
+    """Sums over all tokens seen, float64 on the CPU; sums of two halves are those of the whole.
 
     Attributes:
-        key: (num_kv_heads, D, D) float64, sum of k k^t over keys, weighted.
-        query: (num_kv_heads, D, D) float64, sum of q q^t over the queries of the group.
-        value: (num_kv_heads, D, D) float64, sum of v v^t over values, weighted.
-        output: (num_kv_heads, D, D) float64, sum of Wo^t Wo over the heads of the group, weighted.
+        key: (num_kv_heads, D, D), k k^t over keys, weighted.
+        key_sum: (num_kv_heads, D), k, weighted alike.
+        key_weight: (num_kv_heads,), the weights.
+        query: (num_kv_heads, D, D), q q^t over the queries of the group.
+        value: (num_kv_heads, D, D), v v^t over values, weighted.
+        value_sum: (num_kv_heads, D), v, weighted alike.
+        value_weight: (num_kv_heads,), the weights.
+        output: (num_kv_heads, D, D), Wo^t Wo over the heads of the group, weighted.
     """
 
-    def __init__(self) -> None:
-        self.key: dict[int, torch.Tensor] = {}
-        self.query: dict[int, torch.Tensor] = {}
-        self.value: dict[int, torch.Tensor] = {}
-        self.output: dict[int, torch.Tensor] = {}
+    key: torch.Tensor
+    key_sum: torch.Tensor
+    key_weight: torch.Tensor
+    query: torch.Tensor
+    value: torch.Tensor
+    value_sum: torch.Tensor
+    value_weight: torch.Tensor
+    output: torch.Tensor
 
-    def attention(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
-        """Causal attention of one unpadded text under transformers' interface, observed.
+    @classmethod
+    def zeros(cls, num_kv_heads: int, head_size: int) -> Moments:
+        shapes = {"key_sum": 1, "value_sum": 1, "key_weight": 0, "value_weight": 0}
+        return cls(
+            *(
+                torch.zeros(
+                    num_kv_heads, *[head_size] * shapes.get(field.name, 2), dtype=torch.float64
+                )
+                for field in fields(cls)
+            )
+        )
+
+    def observe(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        projection: torch.Tensor | None,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        """Add the causal attention of one whole sequence.
 
         Args:
-            module: the attention layer; its ``layer_idx`` names the moments.
-            query: (1, num_heads, tokens, D) after RoPE.
-            key: (1, num_kv_heads, tokens, D) after RoPE.
-            value: (1, num_kv_heads, tokens, D).
-            scaling: factor on q . k.
-
-        Returns:
-            (1, tokens, num_heads, D) in the dtype of query, and no weights.
-
-        Raises:
-            ValueError: the layer has no output projection under a known name.
+            query: (tokens, num_heads, D) after RoPE.
+            key: (tokens, num_kv_heads, D) after RoPE.
+            value: (tokens, num_kv_heads, D).
+            projection: Wo, (hidden size, num_heads * D); None where it is not known, and values are
+                taken as read alike in all directions.
+            scale, sliding_window, soft_cap, sinks: as in ``kernels/attention/reference.py``.
         """
-        num_kv_heads, tokens = key.shape[1:3]
-        grouped = query[0].unflatten(0, (num_kv_heads, -1))
-        projection = _output_projection(module).unflatten(1, (*grouped.shape[:2], -1))
-        future = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).triu(1)
-        out, key_weight, value_weight, head_weight = [], [], [], []
-        for q, k, v in zip(grouped, key[0], value[0], strict=True):
-            scores = (q @ k.mT).float() * scaling
-            p = scores.masked_fill(future, -torch.inf).softmax(-1)
+        tokens, num_kv_heads, head_size = key.shape
+        query = query.float().transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+        key, value = (x.float().transpose(0, 1) for x in (key, value))
+        group = query.shape[1]
+        position = torch.arange(tokens, device=key.device)
+        distance = position[:, None] - position
+        hidden = distance < 0
+        if sliding_window is not None:
+            hidden |= distance >= sliding_window
+        if projection is not None:
+            read = projection.double().unflatten(1, (num_kv_heads, group, head_size))
+        for head in range(num_kv_heads):
+            scores = query[head] @ key[head].mT * scale
+            slope = None
+            if soft_cap is not None:
+                scores = soft_cap * (scores / soft_cap).tanh()
+                slope = 1 - (scores / soft_cap).square()
+            scores = scores.masked_fill(hidden, -torch.inf)
+            if sinks is not None:
+                sink = sinks.float().view(num_kv_heads, group)[head, :, None, None]
+                scores = torch.cat([scores, sink.expand(group, tokens, 1)], -1)
+            p = scores.softmax(-1)[..., :tokens]
             squared = p.square()
-            key_weight.append((p - squared).sum((0, 1)))
-            value_weight.append(squared.sum((0, 1)))
-            head_weight.append(squared.sum((1, 2)))
-            out.append(p.to(v.dtype) @ v)
-        read = projection.permute(1, 2, 0, 3)
-        rows = torch.stack(head_weight).unsqueeze(-1).expand(read.shape[:3])
-        layer = module.layer_idx
-        _add(self.key, layer, key[0], torch.stack(key_weight))
-        _add(self.query, layer, grouped.flatten(1, 2))
-        _add(self.value, layer, value[0], torch.stack(value_weight))
-        _add(self.output, layer, read.flatten(1, 2), rows.flatten(1, 2))
-        return torch.cat(out).transpose(0, 1).unsqueeze(0).contiguous(), None
+            received = p - squared if slope is None else (p - squared) * slope.square()
+            key_weight, value_weight = (x.sum((0, 1)).double() for x in (received, squared))
+            queries, keys, values = (x[head].double() for x in (query, key, value))
+            weighted_keys, weighted_values = (
+                keys * key_weight[:, None],
+                values * value_weight[:, None],
+            )
+            queries = queries.flatten(0, 1)
+            if projection is None:
+                output = squared.sum().double() * torch.eye(head_size, dtype=torch.float64)
+            else:
+                rows = read[:, head].transpose(0, 1)
+                shares = squared.sum((1, 2)).double()
+                output = (rows.mT @ rows * shares[:, None, None]).sum(0)
+            added = {
+                "key": keys.mT @ weighted_keys,
+                "key_sum": weighted_keys.sum(0),
+                "key_weight": key_weight.sum(),
+                "query": queries.mT @ queries,
+                "value": values.mT @ weighted_values,
+                "value_sum": weighted_values.sum(0),
+                "value_weight": value_weight.sum(),
+                "output": output,
+            }
+            for name, amount in added.items():
+                getattr(self, name)[head] += amount.cpu()
 
-
-def _output_projection(module: torch.nn.Module) -> torch.Tensor:
-    """Weight (hidden size, num_heads * D) of the linear layer after attention."""
-    for name in OUTPUT_PROJECTIONS:
-        weight = getattr(getattr(module, name, None), "weight", None)
-        if weight is not None:
-            return weight
-    raise ValueError(
-        f"{type(module).__name__}: has no output projection, must be one of {OUTPUT_PROJECTIONS}"
-    )
-
-
-def _add(
-    moments: dict[int, torch.Tensor],
-    layer: int,
-    x: torch.Tensor,
-    weight: torch.Tensor | None = None,
-) -> None:
-    """Add the moment of x, (num_kv_heads, n, D), weighted by (num_kv_heads, n)."""
-    x = x.double()
-    weighted = x if weight is None else x * weight.double().unsqueeze(-1)
-    moments[layer] = moments.get(layer, 0) + (x.mT @ weighted).cpu()
-
-
-@torch.inference_mode()
-def calibrate(model: PreTrainedModel, samples: torch.Tensor, context: int) -> list[LayerMatrices]:
-    """Bases of all layers of a model.
-
-    Args:
-        model: a decoder whose attention implementation can be chosen.
-        samples: (count, tokens) int64, run one by one.
-        context: positions to calibrate for; samples are spread over them, at least ``tokens``.
-
-    Returns:
-        by layer, float64, see :func:`balanced_basis`.
-
-    Raises:
-        ValueError: an attention layer whose output projection is not found.
-    """
-    moments = Moments()
-    ALL_ATTENTION_FUNCTIONS.register(NAME, moments.attention)
-    model.set_attn_implementation(NAME)
-    for index, tokens in enumerate(samples, 1):
-        # Multiples of the golden ratio, modulo 1, fill the unit interval evenly.
-        first = round((context - len(tokens)) * (index * (5**0.5 - 1) / 2 % 1))
-        positions = torch.arange(first, first + len(tokens), device=model.device)
-        model.base_model(
-            tokens.unsqueeze(0).to(model.device),
-            position_ids=positions.unsqueeze(0),
-            use_cache=False,
-        )
-        print(f"sample {index}/{len(samples)}", file=sys.stderr, flush=True)
-    return [
-        LayerMatrices(
-            key=balanced_basis(moments.key[layer], moments.query[layer]),
-            value=balanced_basis(moments.value[layer], moments.output[layer]),
-        )
-        for layer in sorted(moments.key)
-    ]
+    def add(self, other: Moments, heads: slice) -> None:
+        """Add what was seen of some of the KV heads elsewhere."""
+        for field in fields(self):
+            getattr(self, field.name)[heads] += getattr(other, field.name)

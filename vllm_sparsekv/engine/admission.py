@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vllm_sparsekv.engine.auto_basis import CannotCalibrate, find_or_calibrate
 from vllm_sparsekv.engine.compat import (
     VllmConfig,
     forget_cache_dtype_of_checkpoint,
@@ -85,8 +86,12 @@ def admit(vllm_config: VllmConfig) -> None:
         cache.block_size = DEFAULT_BLOCK_SIZE
     layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
     _check_skip_layers(settings.skip_layers, vllm_config)
-    if settings.basis is not None:
-        _check_basis(settings.basis, model)
+    if settings.basis == "auto" and settings.takes_basis:
+        _find_basis(vllm_config)
+        layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
+    elif settings.basis_path is not None:
+        found = _check_basis(settings.basis_path, model)
+        _settle(vllm_config, basis_sha256=found.sha256)
 
 
 def unsupported(vllm_config: VllmConfig) -> Iterator[str]:
@@ -185,21 +190,53 @@ def _check_cache_dtype(vllm_config: VllmConfig) -> None:
         )
 
 
-def _check_basis(path: str, model: Any) -> None:
+def _find_basis(vllm_config: VllmConfig) -> None:
+    """Settle ``basis="auto"``: the file for this model, or none."""
+    try:
+        file = find_or_calibrate(vllm_config, settings_of(vllm_config).calibration_tokens)
+    except CannotCalibrate as reason:
+        model = vllm_config.model_config.model
+        _settle(vllm_config, basis="none")
+        try:
+            stored = settings_of(vllm_config).vectors
+        except ValueError as error:
+            raise ValueError(f"{error}; {model} cannot be calibrated: {reason}") from error
+        logger.warning(
+            "sparsekv: %s cannot be calibrated: %s; stored uncalibrated, %s", model, reason, stored
+        )
+        return
+    _check_basis(str(file.path), vllm_config.model_config)
+    _settle(vllm_config, basis=str(file.path), basis_sha256=file.sha256)
+
+
+def _settle(vllm_config: VllmConfig, **decided: str) -> None:
+    """Have every process of the engine know what was decided here."""
+    given = _additional(vllm_config)
+    settings = dict(given.get(SETTINGS_KEY) or {}) | decided
+    vllm_config.additional_config = given | {SETTINGS_KEY: settings}
+
+
+def _check_basis(path: str, model: Any) -> BasisFile:
     """Refuse a basis calibrated on a model of another shape."""
-    basis = BasisFile.open(path)
+    file = BasisFile.open(path)
+    found = {
+        "num_layers": {file.num_layers},
+        "num_kv_heads": {heads for heads, _ in file.shapes.values()},
+        "head_size": {size for _, size in file.shapes.values()},
+    }
     needed = {
-        "head_size": model.get_head_size(),
         "num_layers": model.get_total_num_hidden_layers(),
         "num_kv_heads": model.get_total_num_kv_heads(),
+        "head_size": model.get_head_size(),
     }
     for name, value in needed.items():
-        if getattr(basis, name) != value:
+        if value not in found[name]:
             raise ValueError(
-                f"sparsekv.basis={path!r}: its {name} is {getattr(basis, name)} (calibrated on "
-                f"{basis.model}), must be {value} for {model.model}"
+                f"sparsekv.basis={path!r}: its {name} is {', '.join(map(str, found[name]))} "
+                f"(calibrated on {file.model}), must be {value} for {model.model}"
             )
-    basis.check()
+    file.check()
+    return file
 
 
 def _additional(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from vllm_sparsekv.engine.compat import (
 )
 from vllm_sparsekv.engine.plugin import BACKEND_NAME
 from vllm_sparsekv.engine.window import WindowLayer
-from vllm_sparsekv.format.basis import Basis, change
+from vllm_sparsekv.format.basis import Basis
 from vllm_sparsekv.format.layout import (
     BLOCK_SIZE_MULTIPLE,
     DEFAULT_BLOCK_SIZE,
@@ -231,7 +231,7 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         if key is None:
             key, value = cache.step
         else:
-            key, value = change(key, basis.key), change(value, basis.value)
+            key, value = basis.stored_key(key), basis.stored_value(value)
             api.pack(key, value, step.slot_mapping, kv_cache, fmt)
             if cache.last_reader != layer.layer_name:
                 # The model may reuse the memory of its own tensors.
@@ -242,7 +242,7 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
             window_block_table = layer_metadata(cache.window.layer_name).block_table
         stored = torch.empty_like(output) if basis.output is not None else output
         api.sparse_attention(
-            change(query, basis.query),
+            basis.asked(query),
             key,
             value,
             kv_cache,
@@ -260,7 +260,7 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
             workspace=scratch,
         )
         if stored is not output:
-            output.copy_(change(stored, basis.output))
+            output.copy_(basis.restored(stored))
         if cache.last_reader == layer.layer_name:
             cache.step = None
             if window is not None:

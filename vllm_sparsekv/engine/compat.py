@@ -5,7 +5,12 @@ Importing this module on an unsupported vLLM raises one line that says what to i
 
 from __future__ import annotations
 
+import hashlib
+import random
 from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,14 +82,19 @@ __all__ = [
     "MultipleOf",
     "VllmConfig",
     "attention_layers",
+    "changed_options",
     "check_version",
+    "engine_arguments",
+    "has_weights",
     "forget_cache_dtype_of_checkpoint",
     "get_tensor_model_parallel_rank",
     "get_tensor_model_parallel_world_size",
     "init_logger",
+    "largest_position",
     "layer_index",
     "layer_metadata",
     "lookahead_tokens",
+    "model_identity",
     "platform_backend",
     "register_backend_member",
     "register_before",
@@ -92,6 +102,7 @@ __all__ = [
     "replace_backend",
     "state_pages",
     "watch_config",
+    "watch_engine_arguments",
     "watch_layers",
     "workspace",
     "zero_on_cpu",
@@ -319,6 +330,177 @@ def layer_index(layer_name: str) -> int:
     from vllm.model_executor.models.utils import extract_layer_index
 
     return extract_layer_index(layer_name)
+
+
+def watch_engine_arguments() -> None:
+    """Remember the arguments an engine's configuration is being made from."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def create_engine_config(self: Any, *args: Any, **options: Any) -> Any:
+            token = _engine_args.set(self)
+            try:
+                return original(self, *args, **options)
+            finally:
+                _engine_args.reset(token)
+
+        return create_engine_config
+
+    _wrap_once(EngineArgs, "create_engine_config", make)
+
+
+_engine_args: ContextVar[Any] = ContextVar("engine_args", default=None)
+
+
+def engine_arguments() -> dict[str, Any] | None:
+    """Engine options that the user set, while a configuration is made from them; else None."""
+    engine_args = _engine_args.get()
+    return None if engine_args is None else changed_options(engine_args)
+
+
+def model_identity(vllm_config: VllmConfig) -> list[str]:
+    """What tells a model from others: name, revision, configuration, quantisation, weights.
+
+    Weights in a folder are known by their sizes and samples of their content, those of a hub by
+    the commit.
+    """
+    model = vllm_config.model_config
+    identity = [
+        str(model.model),
+        str(model.revision),
+        str(model.quantization),
+        model.hf_config.to_json_string(use_diff=False),
+    ]
+    if not Path(model.model).exists():
+        return [*identity, str(getattr(model.hf_config, "_commit_hash", None))]
+    return identity + [_content(file) for file in _weight_files(model.model)]
+
+
+def has_weights(vllm_config: VllmConfig) -> bool:
+    """False if the model is a folder without weights."""
+    model = vllm_config.model_config.model
+    return not Path(model).exists() or bool(_weight_files(model))
+
+
+def _weight_files(model: str) -> list[Path]:
+    path = Path(model)
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    return [file for file in files if file.suffix in WEIGHT_FILES]
+
+
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+
+
+def _content(path: Path, samples: int = 64, size: int = 1 << 14) -> str:
+    length = path.stat().st_size
+    digest = hashlib.sha256(f"{path.name} {length}".encode())
+    with path.open("rb") as file:
+        for index in range(samples):
+            file.seek(max(0, length - size) * index // (samples - 1))
+            digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+def largest_position(vllm_config: VllmConfig) -> int:
+    """Positions the model's configuration has; 0 where it does not say."""
+    config = vllm_config.model_config.hf_text_config
+    return getattr(config, "max_position_embeddings", None) or 0
+
+
+def output_projection(model: torch.nn.Module, layer: Any) -> torch.Tensor | None:
+    """Wo, (hidden size, num_heads * D), of the linear layer that reads an attention layer's output.
+
+    Taken from what the layer does to unit vectors, so it may be quantised. None where the module
+    around the attention has no such layer, or several.
+    """
+    # Like every model's module imported after plugins have loaded.
+    from vllm.model_executor.layers.linear import ReplicatedLinear, RowParallelLinear
+
+    size = layer.num_heads * layer.head_size
+    found = [
+        child
+        for module in model.modules()
+        if any(child is layer for child in module.children())
+        for child in module.children()
+        if isinstance(child, (RowParallelLinear, ReplicatedLinear))
+        and getattr(child, "input_size_per_partition", child.input_size) == size
+    ]
+    if len(found) != 1:
+        return None
+    unit = torch.eye(size, dtype=layer.dtype, device=next(model.parameters()).device)
+    return found[0].quant_method.apply(found[0], unit, bias=None).mT
+
+
+def parse_engine_options(arguments: list[str], prog: str) -> dict[str, Any]:
+    """vLLM's engine options of a command line that differ from their defaults."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=prog))
+    return changed_options(EngineArgs.from_cli_args(parser.parse_args(arguments)))
+
+
+def changed_options(engine_args: Any) -> dict[str, Any]:
+    """Fields of vLLM's ``EngineArgs`` that differ from their defaults."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    default = EngineArgs()
+    names = [field.name for field in fields(default) if field.init]
+    return {
+        name: getattr(engine_args, name)
+        for name in names
+        if getattr(engine_args, name) != getattr(default, name)
+    }
+
+
+def offline_engine(options: dict[str, Any]) -> Any:
+    """vLLM's ``LLM``."""
+    from vllm import LLM
+
+    return LLM(**options)
+
+
+def first_token(llm: Any, seed: int) -> int:
+    """What a text begins with: the model's own token for that, else any."""
+    config = llm.llm_engine.vllm_config.model_config.hf_text_config
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, list) else token
+        if token is not None:
+            return token
+    return random.Random(seed).randrange(config.vocab_size)
+
+
+def write_tokens(llm: Any, first: list[int], length: int) -> list[list[int]]:
+    """Have the model write, ``length`` tokens after and with each of these."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": [token]} for token in first]
+    sampling = [
+        SamplingParams(
+            temperature=1.0,
+            seed=seed,
+            max_tokens=length - 1,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        for seed in range(len(first))
+    ]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    return [
+        [token, *output.outputs[0].token_ids] for token, output in zip(first, outputs, strict=True)
+    ]
+
+
+def read_prompts(llm: Any, prompts: list[list[int]]) -> None:
+    """Run prompts through the model and take one token each."""
+    from vllm import SamplingParams
+
+    llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(max_tokens=1, detokenize=False),
+        use_tqdm=False,
+    )
 
 
 def lookahead_tokens(vllm_config: VllmConfig) -> int:

@@ -25,7 +25,7 @@ from vllm_sparsekv.engine.compat import (
 )
 from vllm_sparsekv.engine.skip import leave_dense, skipped_layers
 from vllm_sparsekv.engine.window import WindowLayer
-from vllm_sparsekv.format.basis import Basis, LayerMatrices, kv_heads_of_rank
+from vllm_sparsekv.format.basis import Basis, kv_heads_of_rank
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
 
@@ -78,7 +78,7 @@ def _add_caches(vllm_config: VllmConfig, sparse: dict[str, Any]) -> None:
     readers = defaultdict(list)
     for name, layer in sparse.items():
         readers[layer.kv_sharing_target_layer_name or name].append(name)
-    rings = {}
+    file, rings = _open_basis(vllm_config), {}
     for name, layer in sparse.items():
         if layer.kv_sharing_target_layer_name:
             layer.impl.cache = sparse[layer.kv_sharing_target_layer_name].impl.cache
@@ -87,20 +87,53 @@ def _add_caches(vllm_config: VllmConfig, sparse: dict[str, Any]) -> None:
         ring = WindowLayer(f"{name}.window", layer.num_kv_heads, fmt) if fmt.window else None
         if ring is not None:
             rings[name] = ring
-        layer.impl.cache = LayerCache(fmt, _basis(vllm_config, name, fmt), ring, readers[name][-1])
+        layer.impl.cache = LayerCache(
+            fmt, _basis(file, vllm_config, name, fmt), ring, readers[name][-1]
+        )
     register_before(vllm_config, rings)
     zero_on_cpu(WindowLayer)
 
 
-def _basis(vllm_config: VllmConfig, name: str, fmt: SparseFormat) -> Basis:
-    path, device = settings_of(vllm_config).basis, vllm_config.device_config.device
-    if path is None:
+def _open_basis(vllm_config: VllmConfig) -> BasisFile | None:
+    """The file that admission has found, or its equal on this node.
+
+    Raises:
+        ValueError: no such file here, or another one than the engine was admitted with.
+    """
+    settings = settings_of(vllm_config)
+    if settings.basis_path is None:
+        return None
+    file = BasisFile.open(settings.basis_path)
+    if settings.basis_sha256 not in (None, file.sha256):
+        raise ValueError(
+            f"sparsekv.basis={settings.basis!r}: has sha256 {file.sha256} here, must be "
+            f"{settings.basis_sha256} as where the engine was started"
+        )
+    return file
+
+
+def _basis(file: BasisFile | None, vllm_config: VllmConfig, name: str, fmt: SparseFormat) -> Basis:
+    device = vllm_config.device_config.device
+    if file is None:
         return Basis.of(fmt, device)
-    file = BasisFile.open(path)
+    layer, index = attention_layers(vllm_config)[name], layer_index(name)
+    found = file.layer(index)
     heads = kv_heads_of_rank(
-        file.num_kv_heads,
+        len(found.key),
         get_tensor_model_parallel_rank(),
         get_tensor_model_parallel_world_size(),
     )
-    layer = file.layer(layer_index(name))
-    return Basis.calibrated(fmt, LayerMatrices(*(matrices[heads] for matrices in layer)), device)
+    found = found.of_heads(heads)
+    if found.key_mean.shape != (layer.num_kv_heads, layer.head_size):
+        raise ValueError(
+            f"sparsekv.basis={str(file.path)!r}: layer {index} has (KV heads, head size) "
+            f"{tuple(found.key_mean.shape)} for this rank, must be "
+            f"{(layer.num_kv_heads, layer.head_size)} for {name}"
+        )
+    uncentred = layer.impl.sinks is not None or layer.impl.soft_cap is not None
+    if uncentred and (found.key_mean.any() or found.value_mean.any()):
+        raise ValueError(
+            f"sparsekv.basis={str(file.path)!r}: layer {index} has means, which attention with "
+            f"sinks or a soft-cap cannot have, as {name} has"
+        )
+    return Basis.calibrated(fmt, found, device)

@@ -24,6 +24,7 @@ def backend_member() -> Any:
     from vllm_sparsekv.engine.window import RingManager, RingSpec
 
     member = compat.register_backend_member(BACKEND_NAME, BACKEND_PATH, backend_member)
+    compat.watch_engine_arguments()
     compat.watch_config(member, admit, refuse_unused_settings)
     compat.watch_layers(_prepare_layers)
     compat.register_ring(RingSpec, RingManager)

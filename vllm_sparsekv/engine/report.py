@@ -61,7 +61,7 @@ def _vectors(asked: SparseKVConfig, fmt: SparseFormat) -> str:
         f"keys {asked.key_sparsity:.1%} asked, {fmt.key.sparsity:.1%} effective, "
         f"{asked.key_dtype}; "
         f"values {asked.value_sparsity:.1%} asked, {fmt.value.sparsity:.1%} effective, "
-        f"{asked.value_dtype}{'; calibrated' if asked.basis else ''}"
+        f"{asked.value_dtype}{'; calibrated' if asked.basis_path else ''}"
     )
 
 

@@ -5,12 +5,16 @@ every element in an integer codec are stored rotated: their energy is then sprea
 arXiv 2404.00456). Pruned vectors stay as they are: pruning lives on elements of different sizes.
 
 Integer vectors can take a calibrated basis instead (:mod:`vllm_sparsekv.calibration`), one matrix
-per KV head. It makes elements matter as much as they are large, and of sizes as different as can
-be, so pruned vectors are stored in it as they are, and whole ones rotated on top of it, each band
-of their codec by itself.
+and one mean per KV head. It makes elements matter as much as they are large, and of sizes as
+different as can be, so pruned vectors are stored in it as they are, and whole ones rotated on top
+of it, each band of their codec by itself. What all vectors of a head share, their mean, is taken
+off first.
 
-Attention needs no vector back. With keys stored as ``k F`` and queries taken as ``q F^-T`` scores
-are unchanged, and with values stored as ``v F`` the output is ``o F^-1``.
+Attention needs no vector back. With keys stored as ``(k - m) F`` and queries taken as ``q F^-T``
+all scores of a query are less by the same ``q . m``, which softmax does not see as long as every
+key it covers is stored so: those of the window and of the step are. With values stored as
+``(v - m) F`` the output is ``o F^-1 + m``, as weights add up to 1. Neither holds where attention
+has sinks, nor the first where it caps scores: means are 0 there.
 """
 
 from __future__ import annotations
@@ -25,28 +29,44 @@ import torch
 from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 
 
-class LayerMatrices(NamedTuple):
-    """A calibrated basis: what one layer's vectors are multiplied with, (num_kv_heads, D, D)."""
+class LayerBasis(NamedTuple):
+    """A calibrated basis of one layer: vectors are stored as ``(x - mean) @ matrix``."""
 
     key: torch.Tensor
+    """(num_kv_heads, D, D)"""
     value: torch.Tensor
+    """(num_kv_heads, D, D)"""
+    key_mean: torch.Tensor
+    """(num_kv_heads, D)"""
+    value_mean: torch.Tensor
+    """(num_kv_heads, D)"""
+
+    def of_heads(self, heads: slice) -> LayerBasis:
+        """The same of some of the KV heads."""
+        return LayerBasis(*(tensor[heads] for tensor in self))
 
 
 @dataclass(frozen=True)
 class Basis:
-    """Matrices of one layer, each (D, D) or (num_kv_heads, D, D), or None where nothing changes.
+    """Matrices of one layer, each (D, D) or (num_kv_heads, D, D), and means, (num_kv_heads, D).
+
+    None where nothing changes.
 
     Attributes:
         key: what keys are multiplied with before they are stored.
         query: what queries are multiplied with.
         value: what values are multiplied with before they are stored.
         output: what the attention output is multiplied with.
+        key_mean: what is taken off keys before that.
+        value_mean: what is taken off values before that, and added to the output after it.
     """
 
     key: torch.Tensor | None = None
     query: torch.Tensor | None = None
     value: torch.Tensor | None = None
     output: torch.Tensor | None = None
+    key_mean: torch.Tensor | None = None
+    value_mean: torch.Tensor | None = None
 
     @classmethod
     @cache
@@ -65,24 +85,45 @@ class Basis:
 
     @classmethod
     def calibrated(
-        cls, fmt: SparseFormat, layer: LayerMatrices, device: torch.device | str = "cpu"
+        cls, fmt: SparseFormat, layer: LayerBasis, device: torch.device | str = "cpu"
     ) -> Basis:
         """The same in a basis of the layer's own, for integer keys and values.
 
         In float32 on CPUs, elsewhere rounded to the model dtype, whose multiplications are fast
         there: that changes a score by at most 2 u + u ** 2 times ``|k| |F| |F^-1| |q|``, all
         elements taken absolute, u the unit roundoff. Singular values within 1 / 100 .. 100 keep
-        float16 far from overflow.
+        float16 far from overflow. Means are rounded to the model dtype, so that taking a large one
+        off a vector near it is exact.
 
         Args:
             fmt: format of the layer.
-            layer: its matrices, on the CPU.
+            layer: its basis, on the CPU.
             device: where the result lies.
         """
         dtype = torch.float32 if torch.device(device).type == "cpu" else fmt.dtype
         key, to_query = _calibrated(fmt.key, layer.key, device, dtype)
         value, output = _calibrated(fmt.value, layer.value, device, dtype)
-        return cls(key, None if to_query is None else to_query.mT, value, output)
+        means = (
+            mean.to(fmt.dtype).to(device, dtype) if vector.codec.integer and mean.any() else None
+            for vector, mean in ((fmt.key, layer.key_mean), (fmt.value, layer.value_mean))
+        )
+        return cls(key, None if to_query is None else to_query.mT, value, output, *means)
+
+    def stored_key(self, key: torch.Tensor) -> torch.Tensor:
+        """(..., num_kv_heads, D) -> the same in the basis."""
+        return change(key, self.key, minus=self.key_mean)
+
+    def stored_value(self, value: torch.Tensor) -> torch.Tensor:
+        """(..., num_kv_heads, D) -> the same in the basis."""
+        return change(value, self.value, minus=self.value_mean)
+
+    def asked(self, query: torch.Tensor) -> torch.Tensor:
+        """(..., num_heads, D) -> what is multiplied with stored keys."""
+        return change(query, self.query)
+
+    def restored(self, output: torch.Tensor) -> torch.Tensor:
+        """(..., num_heads, D), averages of stored values -> averages of the values."""
+        return change(output, self.output, plus=self.value_mean)
 
 
 def _calibrated(
@@ -99,23 +140,32 @@ def _calibrated(
     return tuple(x.to(device, dtype) for x in (forward, torch.linalg.inv(forward)))
 
 
-def change(x: torch.Tensor, matrix: torch.Tensor | None) -> torch.Tensor:
-    """``x @ matrix`` in the dtype of x; x itself where the matrix is None.
+def change(
+    x: torch.Tensor,
+    matrix: torch.Tensor | None,
+    minus: torch.Tensor | None = None,
+    plus: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``(x - minus) @ matrix + plus`` in the dtype of x; x itself where all are None.
 
     Args:
-        x: (..., D) floats; (..., heads, D) where every KV head has its own matrix, which the
-            ``heads / num_kv_heads`` neighbours of a group share.
+        x: (..., heads, D) floats; ``heads / num_kv_heads`` neighbours share what one KV head has.
         matrix: (D, D), (num_kv_heads, D, D) or None.
+        minus, plus: (num_kv_heads, D) or None.
     """
     if matrix is None:
         return x
     wider = torch.promote_types(x.dtype, matrix.dtype)
     y, matrix = x.to(wider), matrix.to(wider)
+    if minus is not None:
+        y = y - minus.repeat_interleave(y.shape[-2] // len(minus), 0)
     if matrix.ndim == 2:
         y = y @ matrix
     else:
         grouped = y.unflatten(-2, (len(matrix), -1))
         y = torch.einsum("...hgd,hde->...hge", grouped, matrix).flatten(-3, -2)
+    if plus is not None:
+        y = y + plus.repeat_interleave(y.shape[-2] // len(plus), 0)
     return y.to(x.dtype).contiguous()
 
 

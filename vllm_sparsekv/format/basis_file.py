@@ -1,14 +1,16 @@
 """The file of calibrated bases that ``sparsekv-calibrate`` writes, in safetensors format.
 
-It holds two tensors per decoder layer, ``layers.<index>.key`` and ``layers.<index>.value``, each
-(num_kv_heads, D, D) float32: what the post-RoPE keys and the values of each KV head are multiplied
-with. The header's metadata say what it is for.
+It holds four float32 tensors for each calibrated decoder layer (:class:`LayerBasis`):
+``layers.<index>.key`` and ``.value``, (num_kv_heads, D, D), what the post-RoPE keys and the values
+of each KV head are multiplied with, and ``.key_mean`` and ``.value_mean``, (num_kv_heads, D), what
+is taken off them before. The header's metadata say what it is for.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from vllm_sparsekv.format.basis import LayerMatrices
+from vllm_sparsekv.format.basis import LayerBasis
 
 KIND = "vllm_sparsekv basis"
-VERSION = "2"
+VERSION = "3"
 LARGEST_SIZE = 200.0
 """Of a singular value, and 1 / it the smallest: calibration keeps within half of that."""
 
@@ -31,16 +33,14 @@ class BasisFile:
     Attributes:
         path: where it is.
         model: the model it was calibrated on, for people.
-        head_size: D.
         num_layers: decoder layers of the whole model.
-        num_kv_heads: KV heads of the whole model.
+        shapes: (KV heads of the whole model, head size) of each calibrated layer, by its index.
     """
 
     path: Path
     model: str
-    head_size: int
     num_layers: int
-    num_kv_heads: int
+    shapes: Mapping[int, tuple[int, int]]
 
     @classmethod
     def open(cls, path: str | Path) -> BasisFile:
@@ -54,8 +54,9 @@ class BasisFile:
             raise ValueError(f"{wanted}, there is no such file")
         try:
             with safe_open(path, framework="pt") as file:
-                metadata, names = file.metadata() or {}, set(file.keys())
-        except SafetensorError as error:
+                metadata = file.metadata() or {}
+                found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"{wanted} ({error})") from error
         if metadata.get("kind") != KIND:
             raise ValueError(f"{wanted}, this is another safetensors file")
@@ -63,75 +64,91 @@ class BasisFile:
             raise ValueError(
                 f"{wanted} of version {VERSION}, this is version {metadata.get('version')}"
             )
-        sizes = []
-        for name in ("head_size", "num_layers", "num_kv_heads"):
-            if not metadata.get(name, "").isdecimal():
-                raise ValueError(f"{wanted}, its metadata have no number {name!r}")
-            sizes.append(int(metadata[name]))
-        basis = cls(Path(path), metadata.get("model", ""), *sizes)
-        if names != {name for index in range(basis.num_layers) for name in _names(index)}:
-            raise ValueError(f"{wanted}, layers are missing")
-        return basis
+        if not metadata.get("num_layers", "").isdecimal():
+            raise ValueError(f"{wanted}, its metadata have no number 'num_layers'")
+        num_layers = int(metadata["num_layers"])
+        shapes = {}
+        for index in range(num_layers):
+            key = found.get(_names(index)[0], ())
+            if len(key) == 3:
+                shapes[index] = (key[0], key[1])
+        expected = {
+            name: list(shape)
+            for index, sizes in shapes.items()
+            for name, shape in zip(_names(index), _shapes(*sizes), strict=True)
+        }
+        if not shapes or found != expected:
+            raise ValueError(f"{wanted}, layers are missing or of wrong shapes")
+        return cls(Path(path), metadata.get("model", ""), num_layers, shapes)
 
-    def layer(self, index: int) -> LayerMatrices:
-        """Matrices of one layer, float32.
+    @property
+    def sha256(self) -> str:
+        """Of the whole file, hexadecimal."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
+
+    def layer(self, index: int) -> LayerBasis:
+        """Basis of one layer, float32.
 
         Raises:
             ValueError: the file has no such layer.
         """
-        if not 0 <= index < self.num_layers:
+        if index not in self.shapes:
             raise ValueError(
                 f"sparsekv.basis={str(self.path)!r}: layer {index} is not one of its "
-                f"{self.num_layers} layers"
+                f"{len(self.shapes)} layers"
             )
         with safe_open(self.path, framework="pt") as file:
-            return LayerMatrices(*(file.get_tensor(name) for name in _names(index)))
+            return LayerBasis(*(file.get_tensor(name) for name in _names(index)))
 
     def check(self) -> None:
-        """Read every matrix and see that a cache can be stored in it.
+        """Read every tensor and see that a cache can be stored in the bases.
 
         Raises:
-            ValueError: a tensor of another shape or dtype, or one that is not finite, singular or
-                nearly so; names the file, the tensor and what is wrong.
+            ValueError: a tensor of another dtype, or one that is not finite, singular or nearly so;
+                names the file, the tensor and what is wrong.
         """
-        shape = self.num_kv_heads, self.head_size, self.head_size
+        for name, tensor in self._tensors():
+            wrong = None
+            if tensor.dtype != torch.float32:
+                wrong = f"is {tensor.dtype}, must be torch.float32"
+            elif not tensor.isfinite().all():
+                wrong = "holds NaN or infinity"
+            elif tensor.ndim == 3:
+                sizes = torch.linalg.svdvals(tensor)
+                if sizes.min() < 1 / LARGEST_SIZE or sizes.max() > LARGEST_SIZE:
+                    wrong = (
+                        f"has singular values from {sizes.min():.3g} to {sizes.max():.3g}, "
+                        f"must be within {1 / LARGEST_SIZE:g} to {LARGEST_SIZE:g}"
+                    )
+            if wrong:
+                raise ValueError(f"sparsekv.basis={str(self.path)!r}: {name} {wrong}")
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(self.path, framework="pt") as file:
-            for name in (name for index in range(self.num_layers) for name in _names(index)):
-                matrices, wrong = file.get_tensor(name), None
-                if tuple(matrices.shape) != shape or matrices.dtype != torch.float32:
-                    wrong = f"is {matrices.dtype} {tuple(matrices.shape)}, must be float32 {shape}"
-                elif not matrices.isfinite().all():
-                    wrong = "holds NaN or infinity"
-                else:
-                    sizes = torch.linalg.svdvals(matrices)
-                    if sizes.min() < 1 / LARGEST_SIZE or sizes.max() > LARGEST_SIZE:
-                        wrong = (
-                            f"has singular values from {sizes.min():.3g} to {sizes.max():.3g}, "
-                            f"must be within {1 / LARGEST_SIZE:g} to {LARGEST_SIZE:g}"
-                        )
-                if wrong:
-                    raise ValueError(f"sparsekv.basis={str(self.path)!r}: {name} {wrong}")
+            for index in self.shapes:
+                for name in _names(index):
+                    yield name, file.get_tensor(name)
 
 
-def write_basis(path: str | Path, layers: Sequence[LayerMatrices], model: str) -> None:
-    """Write the matrices of all layers; the file is there whole or as it was before.
+def write_basis(
+    path: str | Path, layers: Mapping[int, LayerBasis], num_layers: int, model: str
+) -> None:
+    """Write the bases of a model; the file is there whole or as it was before.
+
+    Args:
+        path: of the file.
+        layers: by index of the decoder layer.
+        num_layers: decoder layers of the whole model.
+        model: its name, for people.
 
     Raises:
         OSError: the folder cannot be written to, or is full.
     """
-    num_kv_heads, head_size, _ = layers[0].key.shape
-    metadata = {
-        "kind": KIND,
-        "version": VERSION,
-        "model": model,
-        "head_size": str(head_size),
-        "num_layers": str(len(layers)),
-        "num_kv_heads": str(num_kv_heads),
-    }
+    metadata = {"kind": KIND, "version": VERSION, "model": model, "num_layers": str(num_layers)}
     tensors = {
-        name: matrices.float().clone(memory_format=torch.contiguous_format)
-        for index, layer in enumerate(layers)
-        for name, matrices in zip(_names(index), layer, strict=True)
+        name: tensor.float().clone(memory_format=torch.contiguous_format)
+        for index, layer in layers.items()
+        for name, tensor in zip(_names(index), layer, strict=True)
     }
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -146,4 +163,9 @@ def write_basis(path: str | Path, layers: Sequence[LayerMatrices], model: str) -
 
 
 def _names(layer: int) -> list[str]:
-    return [f"layers.{layer}.{kind}" for kind in LayerMatrices._fields]
+    return [f"layers.{layer}.{kind}" for kind in LayerBasis._fields]
+
+
+def _shapes(num_kv_heads: int, head_size: int) -> list[tuple[int, ...]]:
+    matrix, mean = (num_kv_heads, head_size, head_size), (num_kv_heads, head_size)
+    return [matrix, matrix, mean, mean]
