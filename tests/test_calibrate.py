@@ -84,6 +84,16 @@ def test_condition_is_capped():
     assert condition.item() == pytest.approx(4.0, rel=1e-6)
 
 
+def test_what_no_query_weighs_is_stored_as_it_is():
+    """Each query sees one key alone, whose weight p (1 - p) is 0."""
+    key = vectors(5, HEADS, SIZE)
+    moments = observed(key, key, key, projection=None, sliding_window=1)
+    assert not moments.key_weight.any()
+    layer = layer_basis(moments, centred=True)
+    assert not layer.key_mean.any() and layer.key.isfinite().all()
+    assert torch.linalg.cond(layer.key).max() < 100
+
+
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
 def test_scores_are_unchanged(sparsity):
     config = SparseKVConfig(sparsity, 0.5, "int4", "int4")

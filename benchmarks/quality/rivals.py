@@ -96,7 +96,7 @@ def turboquant(x: Vectors, bits: int, unit: bool = False) -> Vectors:
 def e2m1(x: torch.Tensor) -> torch.Tensor:
     """The nearest of the sixteen FP4 numbers, 0 to 6 in size."""
     levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    return levels[torch.bucketize(x.abs(), (levels[1:] + levels[:-1]) / 2)].copysign(x)
+    return levels[torch.bucketize(x.abs().contiguous(), (levels[1:] + levels[:-1]) / 2)].copysign(x)
 
 
 def nvfp4(x: Vectors) -> Vectors:

@@ -48,6 +48,7 @@ def _about_mean(
     second: torch.Tensor, first: torch.Tensor, weight: torch.Tensor, centred: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted mean, (num_kv_heads, D), and second moment about it; about 0 if not ``centred``."""
+    weight = weight.clamp_min(torch.finfo(weight.dtype).tiny)
     mean = first / weight[:, None] if centred else torch.zeros_like(first)
     return mean, second / weight[:, None, None] - mean.unsqueeze(-1) * mean.unsqueeze(-2)
 
@@ -92,7 +93,9 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
 
 
 def _with_ridge(moment: torch.Tensor) -> torch.Tensor:
+    """A moment of nothing becomes that of white noise."""
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+    mean = torch.where(mean > 0, mean, 1 / RIDGE)
     return moment + RIDGE * mean * torch.eye(moment.shape[-1], dtype=moment.dtype)
 
 

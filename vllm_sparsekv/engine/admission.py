@@ -90,7 +90,7 @@ def admit(vllm_config: VllmConfig) -> None:
         _find_basis(vllm_config)
         layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
     elif settings.basis_path is not None:
-        found = _check_basis(settings.basis_path, model)
+        found = _check_basis(settings.basis_path, settings.basis_sha256, model)
         _settle(vllm_config, basis_sha256=found.sha256)
 
 
@@ -205,7 +205,7 @@ def _find_basis(vllm_config: VllmConfig) -> None:
             "sparsekv: %s cannot be calibrated: %s; stored uncalibrated, %s", model, reason, stored
         )
         return
-    _check_basis(str(file.path), vllm_config.model_config)
+    _check_basis(str(file.path), None, vllm_config.model_config)
     _settle(vllm_config, basis=str(file.path), basis_sha256=file.sha256)
 
 
@@ -216,9 +216,9 @@ def _settle(vllm_config: VllmConfig, **decided: str) -> None:
     vllm_config.additional_config = given | {SETTINGS_KEY: settings}
 
 
-def _check_basis(path: str, model: Any) -> BasisFile:
+def _check_basis(path: str, sha256: str | None, model: Any) -> BasisFile:
     """Refuse a basis calibrated on a model of another shape."""
-    file = BasisFile.open(path)
+    file = BasisFile.open(path, sha256)
     found = {
         "num_layers": {file.num_layers},
         "num_kv_heads": {heads for heads, _ in file.shapes.values()},

@@ -64,16 +64,17 @@ def calibrate(
         ValueError: a text is too short, or the model cannot be calibrated.
         OSError: a text cannot be read, or the file cannot be written.
     """
-    llm = offline_engine(options | _engine_for(length) | {"skip_tokenizer_init": texts is None})
-    config = llm.llm_engine.vllm_config.model_config
-    length = min(length, config.max_model_len)
-    count = tokens // length
-    if texts is None:
-        progress(f"the model writes {count} samples of {length} tokens")
-        samples = write_tokens(llm, [first_token(llm, seed) for seed in range(count)], length)
-    else:
-        samples = _samples_of(texts, llm.get_tokenizer(), count, length)
-    layers = _observe(llm, samples, context or config.max_model_len, progress)
+    engine = options | _engine_for(length) | {"skip_tokenizer_init": texts is None}
+    with offline_engine(engine) as llm:
+        config = llm.llm_engine.vllm_config.model_config
+        length = min(length, config.max_model_len - 1)  # it also answers, with one token
+        count = tokens // length
+        if texts is None:
+            progress(f"the model writes {count} samples of {length} tokens")
+            samples = write_tokens(llm, [first_token(llm, seed) for seed in range(count)], length)
+        else:
+            samples = _samples_of(texts, llm.get_tokenizer(), count, length)
+        layers = _observe(llm, samples, context or config.max_model_len, progress)
     num_layers = config.get_total_num_hidden_layers()
     write_basis(output, layers, num_layers, Path(config.model).name)
     file = BasisFile.open(output)

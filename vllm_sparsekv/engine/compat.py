@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import fields
 from pathlib import Path
@@ -354,8 +355,10 @@ _engine_args: ContextVar[Any] = ContextVar("engine_args", default=None)
 
 def engine_arguments() -> dict[str, Any] | None:
     """Engine options that the user set, while a configuration is made from them; else None."""
+    from vllm.engine.arg_utils import EngineArgs
+
     engine_args = _engine_args.get()
-    return None if engine_args is None else changed_options(engine_args)
+    return None if engine_args is None else changed_options(engine_args, EngineArgs())
 
 
 def model_identity(vllm_config: VllmConfig) -> list[str]:
@@ -437,14 +440,12 @@ def parse_engine_options(arguments: list[str], prog: str) -> dict[str, Any]:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=prog))
-    return changed_options(EngineArgs.from_cli_args(parser.parse_args(arguments)))
+    given, default = (EngineArgs.from_cli_args(parser.parse_args(line)) for line in (arguments, []))
+    return changed_options(given, default)
 
 
-def changed_options(engine_args: Any) -> dict[str, Any]:
-    """Fields of vLLM's ``EngineArgs`` that differ from their defaults."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    default = EngineArgs()
+def changed_options(engine_args: Any, default: Any) -> dict[str, Any]:
+    """Fields of vLLM's ``EngineArgs`` that differ from ``default``'s."""
     names = [field.name for field in fields(default) if field.init]
     return {
         name: getattr(engine_args, name)
@@ -453,11 +454,16 @@ def changed_options(engine_args: Any) -> dict[str, Any]:
     }
 
 
-def offline_engine(options: dict[str, Any]) -> Any:
-    """vLLM's ``LLM``."""
+@contextmanager
+def offline_engine(options: dict[str, Any]) -> Iterator[Any]:
+    """vLLM's ``LLM``, shut down at the end."""
     from vllm import LLM
 
-    return LLM(**options)
+    llm = LLM(**options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
 
 
 def first_token(llm: Any, seed: int) -> int:

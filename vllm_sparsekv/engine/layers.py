@@ -103,13 +103,7 @@ def _open_basis(vllm_config: VllmConfig) -> BasisFile | None:
     settings = settings_of(vllm_config)
     if settings.basis_path is None:
         return None
-    file = BasisFile.open(settings.basis_path)
-    if settings.basis_sha256 not in (None, file.sha256):
-        raise ValueError(
-            f"sparsekv.basis={settings.basis!r}: has sha256 {file.sha256} here, must be "
-            f"{settings.basis_sha256} as where the engine was started"
-        )
-    return file
+    return BasisFile.open(settings.basis_path, settings.basis_sha256)
 
 
 def _basis(file: BasisFile | None, vllm_config: VllmConfig, name: str, fmt: SparseFormat) -> Basis:

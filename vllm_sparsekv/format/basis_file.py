@@ -43,11 +43,16 @@ class BasisFile:
     shapes: Mapping[int, tuple[int, int]]
 
     @classmethod
-    def open(cls, path: str | Path) -> BasisFile:
+    def open(cls, path: str | Path, sha256: str | None = None) -> BasisFile:
         """Read the header.
 
+        Args:
+            path: of the file.
+            sha256: what the file must have, None for any.
+
         Raises:
-            ValueError: no such file, or not one of ours; names the setting and the path.
+            ValueError: no such file, not one of ours or another one than wanted; names the setting
+                and the path.
         """
         wanted = f"sparsekv.basis={str(path)!r}: must be a file written by sparsekv-calibrate"
         if not Path(path).is_file():
@@ -79,7 +84,13 @@ class BasisFile:
         }
         if not shapes or found != expected:
             raise ValueError(f"{wanted}, layers are missing or of wrong shapes")
-        return cls(Path(path), metadata.get("model", ""), num_layers, shapes)
+        basis = cls(Path(path), metadata.get("model", ""), num_layers, shapes)
+        if sha256 not in (None, basis.sha256):
+            raise ValueError(
+                f"sparsekv.basis={str(path)!r}: has sha256 {basis.sha256}, must be {sha256} as "
+                f"where the engine was started"
+            )
+        return basis
 
     @property
     def sha256(self) -> str:
