@@ -7,7 +7,6 @@ TORCH_INDEX ?=
 BIN := .venv/bin
 SETUP := .venv/.setup-done
 BASIS := .cache/basis.safetensors
-TUNING := handbook novel reference python
 
 ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
@@ -85,11 +84,9 @@ bench-accuracy: $(SETUP) $(BASIS)
 	$(BIN)/python benchmarks/accuracy.py perplexity --model $(MODEL) --basis $(BASIS) \
 		--samples 1 --length 8192
 
-# Calibrated on the tuning texts, never on those the results are quoted on.
+# As an engine calibrates by itself: from what the model writes, no text is read.
 $(BASIS): | $(SETUP) $(MODEL)/config.json
-	$(BIN)/python benchmarks/texts/fetch.py .cache/texts
-	$(BIN)/python -m vllm_sparsekv.calibration $(MODEL) \
-		--text $(TUNING:%=.cache/texts/%.txt) --tokens 65536 --output $@
+	$(BIN)/sparsekv-calibrate $(MODEL) --kv-cache-memory-bytes 1G --output $@
 
 # The GPU targets use the torch and triton of $(PYTHON), not .venv; vLLM only where it is installed.
 GPU_PATH := build/gpu

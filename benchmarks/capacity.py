@@ -36,7 +36,10 @@ CACHES: dict[str, dict[str, Any] | None] = {
     "balanced": {"preset": "balanced"},
     "capacity": {"preset": "capacity"},
     "int3 keys, int2 values": {"key_dtype": "int3", "value_dtype": "int2"},
-    "balanced, first and last two layers dense": {"skip_layers": [0, 1, -2, -1]},
+    "balanced, first and last two layers dense": {
+        "preset": "balanced",
+        "skip_layers": [0, 1, -2, -1],
+    },
 }
 
 

@@ -32,12 +32,12 @@ def test_defaults():
 
 def test_without_a_basis_the_default_is_what_no_model_suffers_from():
     config = SparseKVConfig.from_dict({"basis": "none", "window": 8})
-    assert config == SparseKVConfig(**PRESETS["sparse-50"] | {"window": 8}, basis="none")
-    assert config.vectors == "keys fp8 pruned by 50%, values fp8 pruned by 50%"
+    assert config == SparseKVConfig(**PRESETS["safe"] | {"window": 8}, basis="none")
+    assert config.vectors == "keys fp8 pruned by 50%, values int4"
     named = SparseKVConfig.from_dict({"basis": "none", "preset": "balanced"})
     assert named.vectors == "keys int4, values int3"
     keys = SparseKVConfig.from_dict({"basis": "none", "key_dtype": "int4"})
-    assert keys.vectors == "keys int4, values fp8 pruned by 50%"
+    assert keys.vectors == "keys int4, values int4"
 
 
 def test_pruning_needs_no_codec_named():
