@@ -1,0 +1,109 @@
+"""Every vLLM internal this package uses; nothing else imports vLLM.
+
+Importing this package on an unsupported vLLM raises one line that says what to install.
+"""
+
+from vllm_sparsekv.engine.compat.version import VLLM_VERSION, check_version  # isort: split
+
+from vllm.config import VllmConfig
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.core.single_type_kv_cache_manager import CircularBufferManager
+from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, KVCacheLayout
+
+from vllm_sparsekv.engine.compat.config import (
+    changed_options,
+    forget_cache_dtype_of_checkpoint,
+    has_weights,
+    largest_position,
+    lookahead_tokens,
+    model_identity,
+    parse_engine_options,
+)
+from vllm_sparsekv.engine.compat.hooks import (
+    engine_arguments,
+    register_backend_member,
+    register_ring,
+    watch_config,
+    watch_engine_arguments,
+    watch_layers,
+    zero_on_cpu,
+)
+from vllm_sparsekv.engine.compat.layers import (
+    attention_layers,
+    layer_index,
+    layer_metadata,
+    output_projection,
+    platform_backend,
+    register_before,
+    replace_backend,
+    state_pages,
+    workspace,
+)
+from vllm_sparsekv.engine.compat.offline import (
+    first_token,
+    offline_engine,
+    read_prompts,
+    write_tokens,
+)
+
+__all__ = [
+    "VLLM_VERSION",
+    "AttentionBackend",
+    "AttentionCGSupport",
+    "AttentionImpl",
+    "AttentionLayerBase",
+    "AttentionMetadataBuilder",
+    "AttentionSpec",
+    "AttentionType",
+    "CircularBufferManager",
+    "CircularBufferSpec",
+    "CommonAttentionMetadata",
+    "KVCacheLayout",
+    "MultipleOf",
+    "VllmConfig",
+    "attention_layers",
+    "changed_options",
+    "check_version",
+    "engine_arguments",
+    "first_token",
+    "forget_cache_dtype_of_checkpoint",
+    "get_tensor_model_parallel_rank",
+    "get_tensor_model_parallel_world_size",
+    "has_weights",
+    "init_logger",
+    "largest_position",
+    "layer_index",
+    "layer_metadata",
+    "lookahead_tokens",
+    "model_identity",
+    "offline_engine",
+    "output_projection",
+    "parse_engine_options",
+    "platform_backend",
+    "read_prompts",
+    "register_backend_member",
+    "register_before",
+    "register_ring",
+    "replace_backend",
+    "state_pages",
+    "watch_config",
+    "watch_engine_arguments",
+    "watch_layers",
+    "workspace",
+    "write_tokens",
+    "zero_on_cpu",
+]

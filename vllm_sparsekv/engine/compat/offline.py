@@ -1,0 +1,63 @@
+"""vLLM's offline engine, as calibration runs it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def offline_engine(options: dict[str, Any]) -> Iterator[Any]:
+    """vLLM's ``LLM``, shut down at the end."""
+    from vllm import LLM
+
+    llm = LLM(**options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def first_token(llm: Any, seed: int) -> int:
+    """What a text begins with: the model's own token for that, else any."""
+    config = llm.llm_engine.vllm_config.model_config.hf_text_config
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        token = token[0] if isinstance(token, list) else token
+        if token is not None:
+            return token
+    return random.Random(seed).randrange(config.vocab_size)
+
+
+def write_tokens(llm: Any, first: list[int], length: int) -> list[list[int]]:
+    """Have the model write, ``length`` tokens after and with each of these."""
+    from vllm import SamplingParams
+
+    prompts = [{"prompt_token_ids": [token]} for token in first]
+    sampling = [
+        SamplingParams(
+            temperature=1.0,
+            seed=seed,
+            max_tokens=length - 1,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        for seed in range(len(first))
+    ]
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    return [
+        [token, *output.outputs[0].token_ids] for token, output in zip(first, outputs, strict=True)
+    ]
+
+
+def read_prompts(llm: Any, prompts: list[list[int]]) -> None:
+    """Run prompts through the model and take one token each."""
+    from vllm import SamplingParams
+
+    llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts],
+        SamplingParams(max_tokens=1, detokenize=False),
+        use_tqdm=False,
+    )
