@@ -22,7 +22,7 @@ from vllm_sparsekv.kernels.cpu.build import BuildError
 from vllm_sparsekv.kernels.pack import reference as pack_reference
 from vllm_sparsekv.kernels.window import reference as window_reference
 
-__all__ = ["pack", "sparse_attention", "workspace_elements", "write_window"]
+__all__ = ["check_environment", "pack", "sparse_attention", "workspace_elements", "write_window"]
 
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
@@ -43,6 +43,18 @@ REFERENCE = Implementation(
 )
 
 
+def check_environment() -> str | None:
+    """What ``SPARSEKV_KERNELS`` forces.
+
+    Raises:
+        ValueError: not one of ``CHOICES``.
+    """
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    if chosen and chosen not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={chosen!r}: must be one of {list(CHOICES)}")
+    return chosen
+
+
 @cache
 def implementation(device_type: str) -> Implementation:
     """What serves tensors on this kind of device; says so once in the log.
@@ -52,9 +64,7 @@ def implementation(device_type: str) -> Implementation:
         ValueError: ``SPARSEKV_KERNELS`` is not one of ``CHOICES``, or is ``native`` on a device
             without native kernels.
     """
-    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
-    if chosen and chosen not in CHOICES:
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={chosen!r}: must be one of {list(CHOICES)}")
+    chosen = check_environment()
     if chosen != "reference":
         if device_type == "cuda":
             return _triton()

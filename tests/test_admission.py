@@ -99,6 +99,7 @@ def model_folder(tmp_path: Path, **config: Any) -> Path:
             )
         ),
         ({"block_size": 24}, r"block_size=24: must be a positive multiple of 16"),
+        ({"block_size": 1_000_000}, r"block_size=1000000: must be <= 1024, max_model_len"),
         (
             {
                 "block_size": 16,
@@ -203,6 +204,20 @@ def test_basis_of_another_model(
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         configure(additional_config={"sparsekv": {"basis": str(path)}})
     assert f"sparsekv.basis={str(path)!r}" in str(error.value)
+
+
+def test_what_workers_read_is_checked_before_they_start(monkeypatch: Any) -> None:
+    monkeypatch.setenv("SPARSEKV_KERNELS", "foo")
+    wanted = r"SPARSEKV_KERNELS='foo': must be one of \['reference', 'native'\]"
+    with pytest.raises(ValueError, match=wanted):
+        configure()
+
+
+def test_a_window_longer_than_any_request_is_cut() -> None:
+    settings = {"window": 5000, "basis": "none"}
+    config = configure(additional_config={"sparsekv": settings})
+    assert config.additional_config["sparsekv"] == {"window": 1024, "basis": "none"}
+    assert settings["window"] == 5000
 
 
 def test_models_with_windows_sinks_and_states_are_admitted(tmp_path: Path) -> None:

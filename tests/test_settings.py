@@ -36,6 +36,9 @@ def test_without_a_basis_the_default_is_what_no_model_suffers_from():
     assert config.vectors == "keys fp8 pruned by 50%, values int4"
     named = SparseKVConfig.from_dict({"basis": "none", "preset": "balanced"})
     assert named.vectors == "keys int4, values int3"
+    small = SparseKVConfig.from_dict({"basis": "none", "preset": "capacity"})
+    assert small.vectors == "keys int3, values int3"
+    assert SparseKVConfig.from_dict({"preset": "capacity"}).key_dtype == "int4_int2"
     keys = SparseKVConfig.from_dict({"basis": "none", "key_dtype": "int4"})
     assert keys.vectors == "keys int4, values int4"
 

@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     for name, key_sparsity, key_dtype, value_sparsity, value_dtype in (
         ("quality", 0.0, "int4", 0.0, "int4"),
         ("balanced", 0.0, "int4", 0.0, "int3"),
-        ("capacity", 0.0, "int3", 0.0, "int3"),
+        ("capacity", 0.0, "int4_int2", 0.0, "int2"),
         ("safe", 0.5, "fp8", 0.0, "int4"),
         ("sparse-50", 0.5, "fp8", 0.5, "fp8"),
         ("sparse-70", 0.7, "fp8", 0.7, "fp8"),
@@ -45,6 +45,9 @@ capacity   56.1    4.56x  1.0233 +- 0.0020  0.0269  0.913
 At head_size 128 and 32,768 tokens the bytes are 3.85x, 4.38x and 5.07x below bfloat16.
 """
 
+
+WITHOUT_BASIS = {"capacity": {"key_dtype": "int3", "value_dtype": "int3"}}
+"""What presets name that need a basis where there is none."""
 
 CALIBRATED_DEFAULT = "balanced"
 UNCALIBRATED_DEFAULT = "safe"
@@ -175,9 +178,8 @@ class SparseKVConfig:
         if preset is not None and (not isinstance(preset, str) or preset not in PRESETS):
             raise _invalid("preset", preset, f"one of {sorted(PRESETS)}")
         uncalibrated = given.get("basis") == "none"
-        values = dict(
-            PRESETS[preset or (UNCALIBRATED_DEFAULT if uncalibrated else CALIBRATED_DEFAULT)]
-        )
+        name = preset or (UNCALIBRATED_DEFAULT if uncalibrated else CALIBRATED_DEFAULT)
+        values = PRESETS[name] | (WITHOUT_BASIS.get(name, {}) if uncalibrated else {})
         for kind in ("key", "value"):
             sparsity, dtype = f"{kind}_sparsity", f"{kind}_dtype"
             if preset is None and (sparsity in given or dtype in given):

@@ -294,22 +294,27 @@ def _ours(head_size: int, dtype: torch.dtype, basis: Path | None) -> dict[str, M
             ("balanced-window-112", {"preset": "balanced", "window": 112}),
             ("int4_int2-int3", {"key_dtype": "int4_int2"}),
             ("int4_int2-int3-window-160", {"key_dtype": "int4_int2", "window": 160}),
-            ("int4_int2-int2", {"key_dtype": "int4_int2", "value_dtype": "int2"}),
+            ("int3-int3", {"key_dtype": "int3", "value_dtype": "int3"}),
             ("pruned", {"key_sparsity": 0.5, "key_dtype": "int4", "value_dtype": "int3"}),
         )
-        if basis and not (head_size % 32 and settings.get("key_dtype") == "int4_int2")
+        if basis and not (head_size % 32 and _needs_bands(settings))
     }
     plain = {
         **{name: {"preset": name} for name in PRESETS},
         "50-auto": _settings(0.5, 0.5, "auto"),
         "30-50-int4": _settings(0.3, 0.5, "int4"),
     }
-    return {f"sparsekv-{name}": ours(**settings) for name, settings in plain.items()} | calibrated
+    plain = {f"sparsekv-{name}": ours(**settings, basis="none") for name, settings in plain.items()}
+    return plain | calibrated
 
 
 def _settings(key_sparsity: float, value_sparsity: float, dtype: str) -> dict[str, Any]:
     sparsity = {"key_sparsity": key_sparsity, "value_sparsity": value_sparsity}
     return sparsity | {"key_dtype": dtype, "value_dtype": dtype}
+
+
+def _needs_bands(settings: dict[str, Any]) -> bool:
+    return SparseKVConfig.from_dict(settings).key_dtype == "int4_int2"
 
 
 def _is_integer(settings: dict[str, Any]) -> bool:

@@ -15,6 +15,7 @@ from vllm_sparsekv.engine.compat import (
 )
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
+from vllm_sparsekv.kernels.api import check_environment
 from vllm_sparsekv.settings import SETTING_NAMES, SparseKVConfig
 
 SETTINGS_KEY = "sparsekv"
@@ -84,6 +85,18 @@ def admit(vllm_config: VllmConfig) -> None:
         )
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE
+    elif cache.block_size > max(model.max_model_len, DEFAULT_BLOCK_SIZE):
+        raise ValueError(
+            f"block_size={cache.block_size}: must be <= {model.max_model_len}, max_model_len"
+        )
+    if settings.window > model.max_model_len:
+        logger.info(
+            "sparsekv: window %s is longer than any request, %s (max_model_len) does as well",
+            settings.window,
+            model.max_model_len,
+        )
+        _settle(vllm_config, window=model.max_model_len)
+    check_environment()
     layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
     _check_skip_layers(settings.skip_layers, vllm_config)
     if settings.basis == "auto" and settings.takes_basis:
@@ -209,7 +222,7 @@ def _find_basis(vllm_config: VllmConfig) -> None:
     _settle(vllm_config, basis=str(file.path), basis_sha256=file.sha256)
 
 
-def _settle(vllm_config: VllmConfig, **decided: str) -> None:
+def _settle(vllm_config: VllmConfig, **decided: Any) -> None:
     """Have every process of the engine know what was decided here."""
     given = _additional(vllm_config)
     settings = dict(given.get(SETTINGS_KEY) or {}) | decided
