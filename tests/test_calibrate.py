@@ -73,15 +73,26 @@ def test_balanced_basis_sorts_coordinates_and_is_well_conditioned():
 
 
 def test_condition_is_capped():
-    """Keys 1e8 times as large in one coordinate: without ridge and cap T has condition 1e4."""
+    """One coordinate of keys, another of queries 1e8 times as large: condition 1e4 without ridge."""
     key = torch.diag(torch.tensor([1e8] + [1.0] * 15, dtype=torch.float64)).unsqueeze(0)
     query = torch.diag(torch.tensor([1.0] * 15 + [1e8], dtype=torch.float64)).unsqueeze(0)
     condition = torch.linalg.cond(balanced_basis(key, query))
-    assert condition.item() == pytest.approx(40.0, rel=0.02)  # (1 / (RIDGE / 16)) ** (1 / 2)
+    assert condition.item() == pytest.approx((1e8 / 1.03) ** 0.5, rel=1e-6)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(balancing, "LARGEST_CONDITION", 4.0)
         condition = torch.linalg.cond(balanced_basis(key, query))
     assert condition.item() == pytest.approx(4.0, rel=1e-6)
+
+
+def test_huge_directions_do_not_drown_the_others():
+    """Two of 16 coordinates 1e5 times as large: the rest is balanced as if they were not there."""
+    scale = torch.logspace(0, 1, SIZE, dtype=torch.float64)
+    huge = torch.where(torch.arange(SIZE) < 2, 1e5, scale)
+    key, query = torch.diag(huge).unsqueeze(0), torch.diag(scale.flip(0)).unsqueeze(0)
+    stored = balanced_basis(key, query)[0]
+    metric = (stored @ stored.mT).diagonal()[2:]
+    expected = (scale.flip(0) / scale).sqrt()[2:]
+    assert ((metric / expected) / (metric / expected).mean() - 1).abs().max() < 0.1
 
 
 def test_what_no_query_weighs_is_stored_as_it_is():

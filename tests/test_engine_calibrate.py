@@ -102,6 +102,27 @@ def test_the_engine_sees_what_transformers_computes(llama, words, tmp_path):
             assert (metric - like).abs().max() < 1e-3 * like.abs().max()
 
 
+def test_ranks_see_what_one_process_sees(llama, words, tmp_path, monkeypatch):
+    """Two ranks of a KV head each, and four that hold two heads twice, half of the queries each."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    text = tmp_path / "words.txt"
+    text.write_text(" ".join(f"w{token}" for token in words))
+    files = []
+    for ranks in (1, 2, 4):
+        options = OPTIONS | {"model": str(llama), "tensor_parallel_size": ranks}
+        output = tmp_path / f"{ranks}.safetensors"
+        files.append(calibrate(options, output, texts=[text], tokens=512, length=LENGTH))
+    for index in files[0].shapes:
+        alone = files[0].layer(index)
+        for file in files[1:]:
+            found = file.layer(index)
+            for mean, like in zip(found[2:], alone[2:], strict=True):
+                assert (mean - like).abs().max() < 1e-3 * like.abs().max()
+            for matrix, like in zip(found[:2], alone[:2], strict=True):
+                metric, like = matrix @ matrix.mT, like @ like.mT
+                assert (metric - like).abs().max() < 2e-3 * like.abs().max()
+
+
 def test_what_the_model_writes_itself_is_the_same_each_time(llama, tmp_path):
     first = calibrated(llama, tmp_path / "a.safetensors")
     again = calibrated(llama, tmp_path / "b.safetensors")

@@ -18,10 +18,13 @@ from vllm_sparsekv.format.basis import LayerBasis
 METHOD = "1"
 """Of everything that decides what a basis is: the text, the moments, the balance."""
 
-RIDGE = 1e-2
-"""Added to the diagonal of moments, in units of its mean."""
+RIDGE = 3e-2
+"""Added to the diagonal of moments, in units of their median eigenvalue.
 
-LARGEST_CONDITION = 100.0
+A few huge directions, as key biases make, say nothing about how well the others are known.
+"""
+
+LARGEST_CONDITION = 1e4
 """Of a matrix: the ratio of its largest to its smallest singular value."""
 
 
@@ -94,9 +97,12 @@ def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:
 
 def _with_ridge(moment: torch.Tensor) -> torch.Tensor:
     """A moment of nothing becomes that of white noise."""
+    median = torch.linalg.eigvalsh(moment).median(-1).values[:, None, None]
     mean = moment.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
-    mean = torch.where(mean > 0, mean, 1 / RIDGE)
-    return moment + RIDGE * mean * torch.eye(moment.shape[-1], dtype=moment.dtype)
+    # Of few samples more than half of the eigenvalues may be rounding errors.
+    unit = torch.where(median > 1e-12 * mean, median, mean)
+    unit = torch.where(unit > 0, unit, 1 / RIDGE)
+    return moment + RIDGE * unit * torch.eye(moment.shape[-1], dtype=moment.dtype)
 
 
 def _geometric_mean(x: torch.Tensor) -> torch.Tensor:

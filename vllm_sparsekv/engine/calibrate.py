@@ -170,6 +170,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
 def main(arguments: list[str] | None = None) -> None:
     args, options = parse(arguments)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 
     def progress(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
