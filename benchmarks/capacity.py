@@ -34,7 +34,7 @@ CACHES: dict[str, dict[str, Any] | None] = {
     },
     "quality": {"preset": "quality"},
     "balanced": {"preset": "balanced"},
-    "capacity": {"preset": "capacity"},
+    "int3 keys and values": {"key_dtype": "int3", "value_dtype": "int3"},
     "int3 keys, int2 values": {"key_dtype": "int3", "value_dtype": "int2"},
     "balanced, first and last two layers dense": {
         "preset": "balanced",
@@ -64,9 +64,8 @@ def main() -> None:
     args = parser.parse_args()
     caches = dict(CACHES)
     if args.basis:
-        for dtype in ("int3", "int2"):
-            settings = {"key_dtype": "int4_int2", "value_dtype": dtype, "basis": args.basis}
-            caches[f"int4_int2 keys, {dtype} values"] = settings
+        caches["capacity"] = {"preset": "capacity", "basis": args.basis}
+        caches["int4_int2 keys, int3 values"] = {"key_dtype": "int4_int2", "basis": args.basis}
     options = {
         "model": args.model,
         "dtype": args.dtype,

@@ -73,7 +73,7 @@ def test_balanced_basis_sorts_coordinates_and_is_well_conditioned():
 
 
 def test_condition_is_capped():
-    """One coordinate of keys, another of queries 1e8 times as large: condition 1e4 without ridge."""
+    """One coordinate of keys, another of queries 1e8 times as large: condition 1e4, no ridge."""
     key = torch.diag(torch.tensor([1e8] + [1.0] * 15, dtype=torch.float64)).unsqueeze(0)
     query = torch.diag(torch.tensor([1.0] * 15 + [1e8], dtype=torch.float64)).unsqueeze(0)
     condition = torch.linalg.cond(balanced_basis(key, query))
