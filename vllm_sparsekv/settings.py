@@ -29,22 +29,22 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Points on the curve of bytes against quality (``make bench-accuracy``).
 
-Measured on SmolLM2-135M (head_size 64), decoding token by token, on four held-out texts (drama,
-essays, a guide, Perl; 6 x 2,048 tokens each). Bytes are per token and KV head and include the
-window, spread over a context of 4,096 tokens; dense bfloat16 is 256. They keep every element: in
-the model's own basis, pruned vectors of the same bytes lose more.
+Measured decoding token by token on four held-out texts (drama, essays, a guide, Perl; a sample of
+each), in the basis a model gets by itself, ``safe`` without one. Compression against bfloat16 is
+per token and KV head and includes the window, spread over a context of 4,096 tokens.
 
-========  =====  =======  ================  ======  =====
-preset    bytes  vs bf16  perplexity ratio  KL      top-1
-========  =====  =======  ================  ======  =====
-quality    72.1    3.55x  1.0051 +- 0.0007  0.0061  0.959
-balanced   64.1    3.99x  1.0084 +- 0.0009  0.0086  0.950
-capacity   56.1    4.56x  1.0233 +- 0.0020  0.0269  0.913
-========  =====  =======  ================  ======  =====
+=========  ======================================  =========================================
+preset     SmolLM2-135M (head_size 64): ratio, KL  Gemma-3-270M (head_size 256): ratio, KL
+=========  ======================================  =========================================
+sparse-50  3.04x: 1.0164 +- 0.0037, 0.0254         3.05x: 1.0106 +- 0.0023, 0.0130
+safe       3.28x: 1.0097 +- 0.0021, 0.0161         3.35x: 1.0065 +- 0.0029, 0.0088
+quality    3.55x: 1.0029 +- 0.0010, 0.0026
+balanced   3.99x: 1.0038 +- 0.0003, 0.0035         4.19x: 1.0033 +- 0.0008, 0.0038
+capacity   5.11x: 1.0099 +- 0.0019, 0.0107         5.62x: 1.0135 +- 0.0029, 0.0148
+=========  ======================================  =========================================
 
-At head_size 128 and 32,768 tokens the bytes are 3.85x, 4.38x and 5.07x below bfloat16.
+In a basis pruned vectors of the same bytes lose more than whole ones in fewer bits.
 """
-
 
 WITHOUT_BASIS = {"capacity": {"key_dtype": "int3", "value_dtype": "int3"}}
 """What presets name that need a basis where there is none."""
