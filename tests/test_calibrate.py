@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from vllm_sparsekv.calibration import balance as balancing
 from vllm_sparsekv.calibration.balance import balance, balanced_basis, layer_basis
-from vllm_sparsekv.calibration.moments import Moments
+from vllm_sparsekv.calibration.moments import Moments, head_grams
 from vllm_sparsekv.format.basis import Basis, LayerBasis, change, kv_heads_of_rank
 from vllm_sparsekv.format.basis_file import BasisFile, write_basis
 from vllm_sparsekv.format.layout import SparseFormat
@@ -261,7 +261,8 @@ def test_a_file_that_cannot_be_written_whole_stays_as_it_was(tmp_path, monkeypat
 def observed(*parts: torch.Tensor, projection: torch.Tensor | None, **options) -> Moments:
     """Moments of one sequence, (tokens, heads, D) each."""
     moments = Moments.zeros(parts[1].shape[1], parts[1].shape[2])
-    moments.observe(*parts, projection, **({"scale": 1.0} | options))
+    reading = None if projection is None else head_grams(projection, parts[1].shape[2])
+    moments.observe(*parts, reading, **({"scale": 1.0} | options))
     return moments
 
 

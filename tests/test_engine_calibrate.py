@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_sparsekv.calibration.balance import layer_basis
-from vllm_sparsekv.calibration.moments import Moments
+from vllm_sparsekv.calibration.moments import Moments, head_grams
 from vllm_sparsekv.engine.calibrate import calibrate, main, parse
 from vllm_sparsekv.format.basis_file import BasisFile
 
@@ -67,7 +67,7 @@ def expected_layers(model: Path, samples: torch.Tensor) -> list[Moments]:
     def attention(module, query, key, value, mask, scaling, **kwargs):
         layer = found.setdefault(module.layer_idx, Moments.zeros(*key.shape[1::2]))
         parts = (x[0].transpose(0, 1) for x in (query, key, value))
-        layer.observe(*parts, module.o_proj.weight, scaling)
+        layer.observe(*parts, head_grams(module.o_proj.weight, key.shape[-1]), scaling)
         weights = (query @ key.repeat_interleave(2, 1).mT * scaling).masked_fill(
             torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1), -torch.inf
         )

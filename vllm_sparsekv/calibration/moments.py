@@ -54,7 +54,7 @@ class Moments:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        projection: torch.Tensor | None,
+        reading: torch.Tensor | None,
         scale: float,
         sliding_window: int | None = None,
         soft_cap: float | None = None,
@@ -66,8 +66,8 @@ class Moments:
             query: (tokens, num_heads, D) after RoPE.
             key: (tokens, num_kv_heads, D) after RoPE.
             value: (tokens, num_kv_heads, D).
-            projection: Wo, (hidden size, num_heads * D); None where it is not known, and values are
-                taken as read alike in all directions.
+            reading: of :func:`head_grams`; None where Wo is not known, and values are taken as
+                read alike in all directions.
             scale, sliding_window, soft_cap, sinks: as in ``kernels/attention/reference.py``.
         """
         tokens, num_kv_heads, head_size = key.shape
@@ -79,8 +79,9 @@ class Moments:
         hidden = distance < 0
         if sliding_window is not None:
             hidden |= distance >= sliding_window
-        if projection is not None:
-            read = projection.double().unflatten(1, (num_kv_heads, group, head_size))
+        if reading is None:
+            reading = torch.eye(head_size, dtype=torch.float64).expand(len(query) * group, -1, -1)
+        reading = reading.unflatten(0, (num_kv_heads, group))
         for head in range(num_kv_heads):
             scores = query[head] @ key[head].mT * scale
             slope = None
@@ -101,12 +102,7 @@ class Moments:
                 values * value_weight[:, None],
             )
             queries = queries.flatten(0, 1)
-            if projection is None:
-                output = squared.sum().double() * torch.eye(head_size, dtype=torch.float64)
-            else:
-                rows = read[:, head].transpose(0, 1)
-                shares = squared.sum((1, 2)).double()
-                output = (rows.mT @ rows * shares[:, None, None]).sum(0)
+            shares = squared.sum((1, 2)).double().cpu()
             added = {
                 "key": keys.mT @ weighted_keys,
                 "key_sum": weighted_keys.sum(0),
@@ -115,7 +111,7 @@ class Moments:
                 "value": values.mT @ weighted_values,
                 "value_sum": weighted_values.sum(0),
                 "value_weight": value_weight.sum(),
-                "output": output,
+                "output": (reading[head] * shares[:, None, None]).sum(0),
             }
             for name, amount in added.items():
                 getattr(self, name)[head] += amount.cpu()
@@ -124,3 +120,14 @@ class Moments:
         """Add what was seen of some of the KV heads elsewhere."""
         for field in fields(self):
             getattr(self, field.name)[heads] += getattr(other, field.name)
+
+
+def head_grams(projection: torch.Tensor, head_size: int) -> torch.Tensor:
+    """Wo^t Wo of each head, (num_heads, D, D) float64 on the CPU.
+
+    Args:
+        projection: Wo, (hidden size, num_heads * D).
+        head_size: D.
+    """
+    heads = projection.double().unflatten(1, (-1, head_size)).transpose(0, 1)
+    return (heads.mT @ heads).cpu()

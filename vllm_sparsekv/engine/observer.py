@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from vllm_sparsekv.calibration.moments import Moments
+from vllm_sparsekv.calibration.moments import Moments, head_grams
 from vllm_sparsekv.engine.backend import SparseKVImpl
 from vllm_sparsekv.engine.compat import (
     attention_layers,
@@ -93,6 +93,7 @@ class Observer:
         """
         impl, cache = layer.impl, layer.impl.cache
         forward, projection = impl.forward, output_projection(self.model_runner.model, layer)
+        reading = None if projection is None else head_grams(projection, layer.head_size)
 
         def observed(layer, query, key, value, kv_cache, attn_metadata, *rest, **options):
             if self.sparsekv_first is not None and attn_metadata is not None:
@@ -104,7 +105,7 @@ class Observer:
                 moments.observe(
                     query[:tokens],
                     *step[id(cache)],
-                    projection,
+                    reading,
                     impl.scale,
                     impl.sliding_window,
                     impl.soft_cap,

@@ -151,22 +151,21 @@ def change(
     Args:
         x: (..., heads, D) floats; ``heads / num_kv_heads`` neighbours share what one KV head has.
         matrix: (D, D), (num_kv_heads, D, D) or None.
-        minus, plus: (num_kv_heads, D) or None.
+        minus, plus: (num_kv_heads, D), beside a matrix per KV head, or None.
     """
     if matrix is None:
         return x
     wider = torch.promote_types(x.dtype, matrix.dtype)
     y, matrix = x.to(wider), matrix.to(wider)
-    if minus is not None:
-        y = y - minus.repeat_interleave(y.shape[-2] // len(minus), 0)
     if matrix.ndim == 2:
-        y = y @ matrix
-    else:
-        grouped = y.unflatten(-2, (len(matrix), -1))
-        y = torch.einsum("...hgd,hde->...hge", grouped, matrix).flatten(-3, -2)
+        return (y @ matrix).to(x.dtype).contiguous()
+    y = y.unflatten(-2, (len(matrix), -1))
+    if minus is not None:
+        y = y - minus.unsqueeze(-2)
+    y = torch.einsum("...hgd,hde->...hge", y, matrix)
     if plus is not None:
-        y = y + plus.repeat_interleave(y.shape[-2] // len(plus), 0)
-    return y.to(x.dtype).contiguous()
+        y = y + plus.unsqueeze(-2)
+    return y.flatten(-3, -2).to(x.dtype).contiguous()
 
 
 def kv_heads_of_rank(num_kv_heads: int, rank: int, size: int) -> slice:

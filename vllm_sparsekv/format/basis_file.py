@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -92,7 +93,7 @@ class BasisFile:
             )
         return basis
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of the whole file, hexadecimal."""
         return hashlib.sha256(self.path.read_bytes()).hexdigest()
