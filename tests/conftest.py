@@ -29,3 +29,13 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def engines_in_process() -> Iterator[None]:
+    """For tests that start many engines of tiny models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        # vLLM compiles a few operators anew for every model and shape, for seconds each.
+        with torch._dynamo.config.patch(disable=True):
+            yield

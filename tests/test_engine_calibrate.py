@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +21,12 @@ from vllm_sparsekv.calibration.moments import Moments, head_grams
 from vllm_sparsekv.engine.calibrate import calibrate, main, parse
 from vllm_sparsekv.format.basis_file import BasisFile
 
+pytestmark = pytest.mark.usefixtures("engines_in_process")
+
 LENGTH, SAMPLES, CONTEXT = 64, 16, 2048
 GOLDEN = (5**0.5 - 1) / 2
 SHORT = {"calibration_tokens": 1024}
 OPTIONS = {"max_model_len": CONTEXT, "kv_cache_memory_bytes": 1 << 28, "dtype": "float32"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        with torch._dynamo.config.patch(disable=True):
-            yield
 
 
 def calibrated(model: Path, output: Path, **arguments: Any) -> BasisFile:

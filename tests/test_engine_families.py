@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from engines import (
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from vllm import LLM
+
+pytestmark = pytest.mark.usefixtures("engines_in_process")
 
 LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 STATE = ("qwen3_next", "granitemoehybrid")
@@ -81,15 +82,6 @@ def answers(llm: LLM, lengths: tuple[int, ...] = LENGTHS) -> list[dict[int, floa
     """Log-probabilities after prompts of these lengths, all in one ragged batch."""
     outputs = generate(llm, prompts(0, lengths), 1, logprobs=20)
     return [first_logprobs(output) for output in outputs]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # vLLM compiles a few operators anew for every model and shape, for seconds each.
-        with torch._dynamo.config.patch(disable=True):
-            yield
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -121,8 +121,9 @@ class SparseKVConfig:
                 "'auto' or 'none' with key_dtype={!r}, value_dtype={!r}: only integers change basis"
             )
             raise _invalid("basis", self.basis, expected.format(self.key_dtype, self.value_dtype))
-        if self.basis == "none":
-            self.check_without_basis()
+        if self.basis == "none" and CODECS[self.key_dtype].bands > 1:
+            expected = f"'auto' or a file of sparsekv-calibrate with key_dtype={self.key_dtype!r}"
+            raise _invalid("basis", "none", expected)
         tokens = self.calibration_tokens
         if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1024:
             raise _invalid("calibration_tokens", tokens, "an integer >= 1024")
@@ -142,15 +143,6 @@ class SparseKVConfig:
     def basis_path(self) -> str | None:
         """Of the file, once it is known; None where vectors stay in the model's own basis."""
         return None if self.basis in ("auto", "none") else self.basis
-
-    def check_without_basis(self) -> None:
-        """Raise ValueError unless vectors can be stored so in the model's own basis."""
-        if CODECS[self.key_dtype].bands > 1:
-            raise _invalid(
-                "basis",
-                "none",
-                f"'auto' or a file of sparsekv-calibrate with key_dtype={self.key_dtype!r}",
-            )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any] | None) -> SparseKVConfig:

@@ -105,7 +105,9 @@ def _calibrate(vllm_config: VllmConfig, context: int, tokens: int, path: Path) -
     )
     start = time.monotonic()
     try:
-        task = pickle.dumps((options, path, context, None, tokens))
+        task = pickle.dumps(
+            {"options": options, "output": path, "context": context, "tokens": tokens}
+        )
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise CannotCalibrate(f"an engine option cannot be handed on ({error})") from error
     code = "from vllm_sparsekv.engine.calibrate import serve_standard_input as f; f()"

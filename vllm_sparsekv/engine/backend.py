@@ -192,6 +192,11 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         self.soft_cap = logits_soft_cap or None
         self.sinks = sinks
 
+    @property
+    def takes_means(self) -> bool:
+        """Whether keys and values may be stored less a mean, see :class:`Basis`."""
+        return self.sinks is None and self.soft_cap is None
+
     def forward(
         self,
         layer: torch.nn.Module,

@@ -183,8 +183,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def serve_standard_input() -> None:
-    """Calibrate what a pickled tuple of arguments on standard input says, without a word."""
-    calibrate(*pickle.load(sys.stdin.buffer))
+    """Calibrate with the arguments pickled on standard input, without a word."""
+    calibrate(**pickle.load(sys.stdin.buffer))
 
 
 if __name__ == "__main__":

@@ -39,11 +39,7 @@ def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> N
     Raises:
         ValueError: a layer needs what sparse pages do not support; names it.
     """
-    layers = {
-        name: layer
-        for name, layer in attention_layers(vllm_config).items()
-        if isinstance(layer.impl, SparseKVImpl)
-    }
+    layers = sparse_layers(vllm_config)
     backends: dict[SparseFormat, type[SparseKVBackend]] = {}
     for name, layer in layers.items():
         _refuse_unsupported(name, layer)
@@ -60,6 +56,15 @@ def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> N
     leave_dense(vllm_config, skipped, sparse)
     _add_caches(vllm_config, sparse)
     report.log_layers(vllm_config, sparse, skipped)
+
+
+def sparse_layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    """vLLM's ``Attention`` modules that run on this backend, by name, in order."""
+    return {
+        name: layer
+        for name, layer in attention_layers(vllm_config).items()
+        if isinstance(layer.impl, SparseKVImpl)
+    }
 
 
 def _refuse_unsupported(name: str, layer: Any) -> None:
@@ -124,8 +129,7 @@ def _basis(file: BasisFile | None, vllm_config: VllmConfig, name: str, fmt: Spar
             f"{tuple(found.key_mean.shape)} for this rank, must be "
             f"{(layer.num_kv_heads, layer.head_size)} for {name}"
         )
-    uncentred = layer.impl.sinks is not None or layer.impl.soft_cap is not None
-    if uncentred and (found.key_mean.any() or found.value_mean.any()):
+    if not layer.impl.takes_means and (found.key_mean.any() or found.value_mean.any()):
         raise ValueError(
             f"sparsekv.basis={str(file.path)!r}: layer {index} has means, which attention with "
             f"sinks or a soft-cap cannot have, as {name} has"

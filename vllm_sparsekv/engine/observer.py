@@ -8,14 +8,13 @@ import torch
 from safetensors.torch import save
 
 from vllm_sparsekv.calibration.moments import Moments, head_grams
-from vllm_sparsekv.engine.backend import SparseKVImpl
 from vllm_sparsekv.engine.compat import (
-    attention_layers,
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     layer_index,
     output_projection,
 )
+from vllm_sparsekv.engine.layers import sparse_layers
 from vllm_sparsekv.format.basis import kv_heads_of_rank
 
 
@@ -32,11 +31,7 @@ class Observer:
         self.sparsekv_first = None
         self.sparsekv_moments_of: dict[int, Moments] = {}
         self.model_runner.model.register_forward_pre_hook(self._sparsekv_move, with_kwargs=True)
-        layers = {
-            name: layer
-            for name, layer in attention_layers(self.vllm_config).items()
-            if isinstance(layer.impl, SparseKVImpl)
-        }
+        layers = sparse_layers(self.vllm_config)
         step: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         found = []
         for name, layer in layers.items():
@@ -70,7 +65,7 @@ class Observer:
             "first": heads.start,
             "stop": heads.stop,
             "head_size": layer.head_size,
-            "centred": int(layer.impl.sinks is None and layer.impl.soft_cap is None),
+            "centred": int(layer.impl.takes_means),
         }
 
     def _sparsekv_move(self, model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple:

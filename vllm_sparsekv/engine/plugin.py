@@ -32,7 +32,7 @@ def backend_member() -> Any:
 
 
 def _prepare_layers(*arguments: Any) -> None:
-    # The kernels it brings along are for workers only.
+    # The backend it brings along is for workers only.
     from vllm_sparsekv.engine.layers import prepare
 
     prepare(*arguments)
