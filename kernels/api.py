@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,20 @@ from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.attention import reference as attention_reference
 from vllm_sparsekv.kernels.cpu.build import BuildError
 from vllm_sparsekv.kernels.pack import reference as pack_reference
+from vllm_sparsekv.kernels.step import reference as step_reference
+from vllm_sparsekv.kernels.step.reference import Batch, Layer, Operations
 from vllm_sparsekv.kernels.window import reference as window_reference
 
-__all__ = ["check_environment", "pack", "sparse_attention", "workspace_elements", "write_window"]
+__all__ = [
+    "Batch",
+    "Layer",
+    "check_environment",
+    "pack",
+    "sparse_attention",
+    "step",
+    "workspace_elements",
+    "write_window",
+]
 
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
@@ -31,15 +42,23 @@ CHOICES = ("reference", "native")
 
 
 class Implementation(NamedTuple):
-    """The three operations; signatures and semantics are those of each ``reference.py``."""
+    """The operations; signatures and semantics are those of each ``reference.py``."""
 
     pack: Callable[..., None]
     sparse_attention: Callable[..., None]
     write_window: Callable[..., None]
+    step: Callable[..., None]
+
+    @classmethod
+    def composed(cls, operations: Operations) -> Implementation:
+        """One whose steps are made of its other operations."""
+        return cls(*operations, partial(step_reference.step, operations))
 
 
-REFERENCE = Implementation(
-    pack_reference.pack, attention_reference.sparse_attention, window_reference.write_window
+REFERENCE = Implementation.composed(
+    Operations(
+        pack_reference.pack, attention_reference.sparse_attention, window_reference.write_window
+    )
 )
 
 
@@ -83,9 +102,10 @@ def implementation(device_type: str) -> Implementation:
 
 def _native_cpu() -> Implementation:
     from vllm_sparsekv.kernels.cpu import ops
+    from vllm_sparsekv.kernels.cpu.step import step
 
     ops.use_isa(None)
-    return Implementation(ops.pack, ops.sparse_attention, ops.write_window)
+    return Implementation(ops.pack, ops.sparse_attention, ops.write_window, step)
 
 
 def _triton() -> Implementation:
@@ -94,7 +114,7 @@ def _triton() -> Implementation:
     from vllm_sparsekv.kernels.window.triton import write_window
 
     logger.info("sparsekv: Triton kernels")
-    return Implementation(pack, sparse_attention, write_window)
+    return Implementation.composed(Operations(pack, sparse_attention, write_window))
 
 
 def pack(
@@ -142,24 +162,12 @@ def sparse_attention(
     Raises:
         ValueError: a shape or dtype does not fit the format; names the argument.
     """
-    _check_vectors(fmt, query=query, out=out)
-    _check_vectors(fmt, key=key, value=value)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if heads % kv_heads:
-        raise ValueError(f"query has {heads} heads: must be a multiple of key's {kv_heads}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"sliding_window={sliding_window}: must be None or >= 1 (tokens)")
-    if soft_cap is not None and not soft_cap > 0:
-        raise ValueError(f"soft_cap={soft_cap}: must be None or > 0")
-    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point()):
-        raise ValueError(
-            f"sinks are {sinks.dtype} of shape {tuple(sinks.shape)}: must be ({heads},) floats"
-        )
-    _check_pages(pages, kv_heads, fmt)
+    _check_queries(query, key, value, out, fmt, sliding_window, soft_cap, sinks)
+    _check_pages(pages, key.shape[1], fmt)
     _check_indices(1, torch.int32, query_start_loc=query_start_loc, seq_lens=seq_lens)
     _check_indices(2, torch.int32, block_table=block_table)
     if fmt.window:
-        _check_window(window, window_block_table, kv_heads, fmt)
+        _check_window(window, window_block_table, key.shape[1], fmt)
     else:
         window = window_block_table = None
     scratch = {} if workspace is None else {"workspace": workspace}
@@ -218,6 +226,103 @@ def write_window(
     implementation(window.device.type).write_window(
         key, value, window, query_start_loc, seq_lens, slot_mapping, window_block_table, fmt
     )
+
+
+def step(
+    layer: Layer,
+    batch: Batch,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    pages: torch.Tensor,
+    window: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+    fills_window: bool = True,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """One layer's step, all of the above: see ``step/reference.py``.
+
+    Args:
+        workspace: as of :func:`sparse_attention`.
+
+    Raises:
+        ValueError: a shape or dtype does not fit the format; names the argument.
+    """
+    tensors = (query, key, value, pages, window, out, *batch, *(kept or ()))
+    shapes = [(x.shape, x.dtype, x.device) for x in tensors if x is not None]
+    if layer.checked != shapes:
+        _check_step(layer, batch, query, key, value, pages, window, out, kept)
+        layer.checked = shapes
+    scratch = {} if workspace is None else {"workspace": workspace}
+    implementation(pages.device.type).step(
+        layer,
+        batch,
+        query,
+        key,
+        value,
+        pages,
+        window,
+        out,
+        kept=kept,
+        fills_window=fills_window,
+        **scratch,
+    )
+
+
+def _check_step(
+    layer: Layer,
+    batch: Batch,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    value: torch.Tensor | None,
+    pages: torch.Tensor,
+    window: torch.Tensor | None,
+    out: torch.Tensor,
+    kept: tuple[torch.Tensor, torch.Tensor] | None,
+) -> None:
+    fmt = layer.format
+    if key is None and kept is None:
+        raise ValueError("key is missing: no other layer has kept the keys of this step")
+    if key is not None and kept is not None:
+        _check_vectors(fmt, key=key, kept_key=kept[0], kept_value=kept[1])
+    key, value = kept if key is None else (key, value)
+    options = (layer.sliding_window, layer.soft_cap, layer.sinks)
+    _check_queries(query, key, value, out, fmt, *options)
+    _check_pages(pages, key.shape[1], fmt)
+    _check_indices(1, torch.int32, query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens)
+    _check_indices(1, torch.int64, slot_mapping=batch.slot_mapping)
+    _check_indices(2, torch.int32, block_table=batch.block_table)
+    if fmt.window:
+        _check_window(window, batch.window_block_table, key.shape[1], fmt)
+    elif window is not None:
+        raise ValueError("window is given: the format keeps no tokens dense, must be None")
+
+
+def _check_queries(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    fmt: SparseFormat,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+) -> None:
+    _check_vectors(fmt, query=query, out=out)
+    _check_vectors(fmt, key=key, value=value)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads % kv_heads:
+        raise ValueError(f"query has {heads} heads: must be a multiple of key's {kv_heads}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"sliding_window={sliding_window}: must be None or >= 1 (tokens)")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"soft_cap={soft_cap}: must be None or > 0")
+    if sinks is not None and (sinks.shape != (heads,) or not sinks.is_floating_point()):
+        raise ValueError(
+            f"sinks are {sinks.dtype} of shape {tuple(sinks.shape)}: must be ({heads},) floats"
+        )
 
 
 def _check_vectors(fmt: SparseFormat, **vectors: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 // Each unit of the plan collects its keys and values in batches, expands them and folds them into
 // an online softmax: rows.h where few query rows share a key (decode), matrix.h where many do.
 
+#include "../step/change.h"
 #include "batch.h"
 #include "codes.h"
 #include "matrix.h"
@@ -17,8 +18,8 @@ enum class Source { PAGES, DENSE_ROWS };
 
 class Worker {
   public:
-    Worker(const Plan& plan, float* partials)
-        : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size), partials_(partials) {
+    explicit Worker(const Plan& plan)
+        : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size) {
         Carver count(nullptr);
         carve(count);
         Carver carver(memory().reserve(count.used()));
@@ -27,7 +28,7 @@ class Worker {
         value_.initialize();
     }
 
-    // Attends one unit; a request in parts leaves its result in `partials`.
+    // Attends one unit; a request in parts leaves its result in the plan's partials.
     void attend(int64_t number) {
         begin(number);
         const Request& request = *unit_.request;
@@ -75,10 +76,11 @@ class Worker {
             dense_ = carver.take<float>(BATCH * size_);
             transposed_ = carver.take<float>(BATCH * size_);
         }
+        if (call_.out_change.matrix) changed_ = carver.take<float>(plan_.rows * size_);
     }
 
     Accumulator partial_result(int64_t index) const {
-        return Accumulator(partials_ + index * Accumulator::floats(plan_.rows, size_), plan_.rows);
+        return Accumulator(plan_.partial_results + index * Accumulator::floats(plan_.rows, size_), plan_.rows);
     }
 
     void begin(int64_t number) {
@@ -255,14 +257,14 @@ class Worker {
     }
 
     void write() {
+        const float* results = result_.averages(rows_, size_);
+        if (call_.out_change.matrix) {
+            change_back(call_.out_change, unit_.head, results, rows_, size_, changed_);
+            results = changed_;
+        }
         for (int i = 0; i < unit_.queries; ++i) {
             uint8_t* out = query_heads(call_.out, call_.out_stride, i);
-            for (int row = i * plan_.group; row < (i + 1) * plan_.group; ++row) {
-                float* weighted = result_.weighted + row * size_;
-                for (int d = 0; d < size_; ++d) weighted[d] /= result_.total[row];
-                encode_row(layout_.storage, weighted, size_, out);
-                out += layout_.row_bytes();
-            }
+            encode_row(layout_.storage, results + i * plan_.group * size_, plan_.group * size_, out);
         }
     }
 
@@ -270,7 +272,6 @@ class Worker {
     const AttentionCall& call_;
     const Layout& layout_;
     const int size_;
-    float* partials_;
 
     Unit unit_;
     int64_t first_token_ = 0;  // of the unit's request in this step
@@ -283,27 +284,25 @@ class Worker {
     int positions_[BATCH];
     Batch key_, value_;
     Ahead ahead_;
-    float *dense_ = nullptr, *transposed_ = nullptr;
+    float *dense_ = nullptr, *transposed_ = nullptr, *changed_ = nullptr;
     int step_begin_ = 0;  // column of the batch where the step's tokens begin, negative if before it
 };
 
-SPARSEKV_EXPORT(attention)(const AttentionCall* call) {
-    thread_local Scratch request_memory, partial_memory;
-    auto* requests = static_cast<Request*>(request_memory.reserve(call->num_reqs * sizeof(Request)));
-    const Plan plan(*call, requests);
-    if (plan.units == 0) return;
-    const size_t partial = Accumulator::floats(plan.rows, call->layout.head_size) * sizeof(float);
-    auto* partials = static_cast<float*>(partial_memory.reserve(plan.partials * partial));
-#pragma omp parallel num_threads(call->num_threads)
-    {
-        Worker worker(plan, partials);
+void attend(const Plan& plan) {
+    Worker worker(plan);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t unit = 0; unit < plan.units; ++unit) worker.attend(unit);
-        if (plan.partials) {
+    for (int64_t unit = 0; unit < plan.units; ++unit) worker.attend(unit);
+    if (plan.partials) {
 #pragma omp for schedule(dynamic, 1)
-            for (int64_t unit = 0; unit < plan.units; ++unit) worker.merge(unit);
-        }
+        for (int64_t unit = 0; unit < plan.units; ++unit) worker.merge(unit);
     }
+}
+
+SPARSEKV_EXPORT(attention)(const AttentionCall* call) {
+    const Plan plan(*call);
+    if (plan.units == 0) return;
+#pragma omp parallel num_threads(call->num_threads)
+    attend(plan);
 }
 
 }  // namespace sparsekv::SPARSEKV_ISA

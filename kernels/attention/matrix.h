@@ -28,12 +28,13 @@ inline void product_block(
 }
 
 template <int ROWS>
-inline void product_rows(
+void product_rows(
     const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride, int depth,
     int columns, bool accumulate) {
+    constexpr int WIDTH = LANES == 16 ? 4 : 2;  // the sums fit registers
     int j = 0;
-    for (; j + 2 * LANES <= columns; j += 2 * LANES)
-        product_block<ROWS, 2>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, accumulate);
+    for (; j + WIDTH * LANES <= columns; j += WIDTH * LANES)
+        product_block<ROWS, WIDTH>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, accumulate);
     for (; j < columns; j += LANES)
         product_block<ROWS, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, accumulate);
 }
@@ -42,13 +43,11 @@ inline void product_rows(
 inline void product(
     const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride, int rows, int depth,
     int columns, bool accumulate) {
-    int i = 0;
-    for (; i + 6 <= rows; i += 6)
-        product_rows<6>(a + i * a_stride, a_stride, b, b_stride, c + i * c_stride, c_stride, depth, columns,
-                        accumulate);
-    for (; i < rows; ++i)
-        product_rows<1>(a + i * a_stride, a_stride, b, b_stride, c + i * c_stride, c_stride, depth, columns,
-                        accumulate);
+    constexpr decltype(&product_rows<1>) LAST[] = {
+        product_rows<1>, product_rows<2>, product_rows<3>, product_rows<4>, product_rows<5>};
+    for (; rows >= 6; rows -= 6, a += 6 * a_stride, c += 6 * c_stride)
+        product_rows<6>(a, a_stride, b, b_stride, c, c_stride, depth, columns, accumulate);
+    if (rows) LAST[rows - 1](a, a_stride, b, b_stride, c, c_stride, depth, columns, accumulate);
 }
 
 // n vectors to dense rows of head_size floats, without their units but with their zeros.

@@ -4,12 +4,21 @@
 #include <cstdint>
 
 #include "../cpu/layout.h"
+#include "../cpu/scratch.h"
+#include "softmax.h"
 
 namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int TILE_ROWS = 96;  // query rows of one unit, where the group allows
 constexpr int MIN_PART = 256;  // tokens of history worth a unit of their own
 constexpr int UNITS_PER_THREAD = 4;
+
+// What rows are multiplied with, (head_size x head_size) per KV head, and the mean that is taken off
+// before or added after. Without a matrix nothing changes. Mirrors ops.Change.
+struct Change {
+    const float *matrix, *mean;
+    int64_t matrix_stride;  // 0: all heads share it
+};
 
 // Mirrors ops.AttentionCall. Strides count elements, those of pages and window bytes.
 struct AttentionCall {
@@ -26,6 +35,7 @@ struct AttentionCall {
     int32_t sliding_window;  // 0: none
     float scale;
     float soft_cap;  // 0: none
+    Change out_change;
     Layout layout;
 };
 
@@ -43,17 +53,20 @@ struct Unit {
     int64_t partial;
 };
 
+// Lives until the next plan of its thread.
 struct Plan {
     const AttentionCall& call;
     Request* requests;
+    float* partial_results;  // an Accumulator each
     int group;         // query heads per KV head
     int tile_queries;  // queries of one unit at most
     int reach;         // positions a query sees at most, its own included
     int rows = 0;      // rows of one unit at most
     int64_t units = 0, partials = 0;
 
-    // `requests` holds call.num_reqs entries.
-    Plan(const AttentionCall& call, Request* requests) : call(call), requests(requests) {
+    explicit Plan(const AttentionCall& call) : call(call) {
+        thread_local Scratch request_memory, partial_memory;
+        requests = static_cast<Request*>(request_memory.reserve(call.num_reqs * sizeof(Request)));
         group = call.num_heads / call.num_kv_heads;
         tile_queries = group >= TILE_ROWS ? 1 : TILE_ROWS / group;
         reach = call.sliding_window ? call.sliding_window : INT32_MAX;
@@ -83,6 +96,8 @@ struct Plan {
             units += count;
             if (request.parts > 1) partials += count;
         }
+        const size_t partial = Accumulator::floats(rows, call.layout.head_size) * sizeof(float);
+        partial_results = static_cast<float*>(partial_memory.reserve(partials * partial));
     }
 
     // The first position that a query of the request sees.
@@ -120,5 +135,8 @@ struct Plan {
         return unit;
     }
 };
+
+// All units of the plan, by the threads of the region it is called in; they leave together.
+void attend(const Plan& plan);
 
 }  // namespace sparsekv::SPARSEKV_ISA

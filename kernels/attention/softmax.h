@@ -66,6 +66,14 @@ struct Accumulator {
             store(weighted + d, load(weighted + d) + factor * load(other.weighted + d));
     }
 
+    // The weighted sums become averages; returns them.
+    const float* averages(int rows, int head_size) {
+        for (int row = 0; row < rows; ++row)
+            for (int d = row * head_size; d < (row + 1) * head_size; d += LANES)
+                store(weighted + d, load(weighted + d) / total[row]);
+        return weighted;
+    }
+
   private:
     // Applies units, cap and mask; returns the largest score.
     template <bool CAPPED>

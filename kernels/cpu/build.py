@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
 KERNELS = Path(__file__).parent.parent
-SOURCES = ("attention/cpu.cpp", "pack/cpu.cpp", "window/cpu.cpp")
+SOURCES = ("attention/cpu.cpp", "pack/cpu.cpp", "step/cpu.cpp", "window/cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt")

@@ -4,7 +4,7 @@
 // bisection on them finds the k-th largest, counting the elements at or above each guess.
 
 #include "../cpu/encode.h"
-#include "../cpu/layout.h"
+#include "pack.h"
 
 namespace sparsekv::SPARSEKV_ISA {
 
@@ -59,7 +59,6 @@ void select_row(const uint8_t* row, int size, int survivors, uint8_t* kept) {
     select(magnitude, size, survivors, kept);
 }
 
-// One row of the model dtype to its entries of a tile's section.
 void pack_row(
     const uint8_t* row, const Layout& layout, const VectorLayout& vector, const Section<uint8_t>& section, int offset) {
     const int size = layout.head_size;

@@ -1,20 +1,8 @@
 // Copies each request's newest tokens of this step into its ring; reference.py says which.
 
-#include "../cpu/layout.h"
+#include "window.h"
 
 namespace sparsekv::SPARSEKV_ISA {
-
-// Mirrors ops.WindowCall. Strides count elements, those of the window bytes.
-struct WindowCall {
-    const uint8_t *key, *value;
-    uint8_t* window;
-    const int32_t *query_start_loc, *seq_lens, *window_block_table;
-    const int64_t* slot_mapping;
-    int64_t key_stride, value_stride, window_stride, window_head_stride, window_block_table_stride;
-    int64_t num_slots;
-    int32_t num_reqs, num_kv_heads, slots_per_block, blocks_per_ring, num_threads;
-    Layout layout;
-};
 
 void write_request(const WindowCall& call, int request) {
     const Layout& layout = call.layout;

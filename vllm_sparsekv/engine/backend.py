@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -135,7 +136,7 @@ class LayerCache:
         basis: the basis they are stored in.
         window: the layer's ring, or None without a dense window.
         last_reader: name of the last layer of a step that reads this cache; it fills the window.
-        step: this step's keys and values in the basis, kept while other layers will read them.
+        step: this step's keys and values in the basis, while other layers will read them.
     """
 
     format: SparseFormat
@@ -232,51 +233,44 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         if attn_metadata is None:
             return output
         step, cache = attn_metadata, self.cache
-        fmt, basis = cache.format, cache.basis
-        if key is None:
-            key, value = cache.step
-        else:
-            key, value = basis.stored_key(key), basis.stored_value(value)
-            api.pack(key, value, step.slot_mapping, kv_cache, fmt)
-            if cache.last_reader != layer.layer_name:
-                # The model may reuse the memory of its own tensors.
-                cache.step = key.clone(), value.clone()
+        last_reader = cache.last_reader == layer.layer_name
+        if key is not None and not last_reader:
+            cache.step = torch.empty_like(key), torch.empty_like(value)
         window, window_block_table = None, None
         if cache.window is not None:
             window = cache.window.kv_cache
             window_block_table = layer_metadata(cache.window.layer_name).block_table
-        stored = torch.empty_like(output) if basis.output is not None else output
-        api.sparse_attention(
-            basis.asked(query),
+        api.step(
+            self.attention,
+            api.Batch(
+                step.query_start_loc,
+                step.seq_lens,
+                step.block_table,
+                step.slot_mapping,
+                window_block_table,
+            ),
+            query,
             key,
             value,
             kv_cache,
             window,
-            step.query_start_loc,
-            step.seq_lens,
-            step.block_table,
-            window_block_table,
-            self.scale,
-            fmt,
-            stored,
-            sliding_window=self.sliding_window,
-            soft_cap=self.soft_cap,
-            sinks=self.sinks,
+            output,
+            kept=cache.step,
+            fills_window=last_reader,
             workspace=scratch,
         )
-        if stored is not output:
-            output.copy_(basis.restored(stored))
-        if cache.last_reader == layer.layer_name:
+        if last_reader:
             cache.step = None
-            if window is not None:
-                api.write_window(
-                    key,
-                    value,
-                    window,
-                    step.query_start_loc,
-                    step.seq_lens,
-                    step.slot_mapping,
-                    window_block_table,
-                    fmt,
-                )
         return output
+
+    @cached_property
+    def attention(self) -> api.Layer:
+        """What the kernels need to know of this layer."""
+        return api.Layer(
+            self.cache.format,
+            self.cache.basis,
+            self.scale,
+            self.sliding_window,
+            self.soft_cap,
+            self.sinks,
+        )

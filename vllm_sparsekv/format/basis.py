@@ -79,7 +79,7 @@ class Basis:
         )
         dtype = fmt.dtype if narrow else torch.float32
         forward, inverse = (matrix.to(device, dtype) for matrix in matrices)
-        key, query = (forward, inverse.mT) if fmt.key.rotated else (None, None)
+        key, query = (forward, inverse.mT.contiguous()) if fmt.key.rotated else (None, None)
         value, output = (forward, inverse) if fmt.value.rotated else (None, None)
         return cls(key, query, value, output)
 
@@ -107,7 +107,9 @@ class Basis:
             mean.to(fmt.dtype).to(device, dtype) if vector.codec.integer and mean.any() else None
             for vector, mean in ((fmt.key, layer.key_mean), (fmt.value, layer.value_mean))
         )
-        return cls(key, None if to_query is None else to_query.mT, value, output, *means)
+        return cls(
+            key, None if to_query is None else to_query.mT.contiguous(), value, output, *means
+        )
 
     def stored_key(self, key: torch.Tensor) -> torch.Tensor:
         """(..., num_kv_heads, D) -> the same in the basis."""

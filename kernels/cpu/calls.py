@@ -1,0 +1,132 @@
+"""The C structures of the native kernels' arguments, mirrors of those of the same names in C++."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+from torch import Tensor, bfloat16, float16, float32
+
+from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
+
+STORAGE = {
+    float32: 0,
+    bfloat16: 1,
+    float16: 2,
+    "fp8": 3,
+    "int4": 4,
+    "int3": 5,
+    "int2": 6,
+    "int4_int2": 7,
+}
+"""How elements are stored: the model dtype or a codec's name; mirrored in ``codec.h``."""
+
+
+class VectorLayout(ctypes.Structure):
+    _fields_ = [("survivors", ctypes.c_int32), ("storage", ctypes.c_int32)]
+
+
+class Layout(ctypes.Structure):
+    _fields_ = [
+        ("head_size", ctypes.c_int32),
+        ("storage", ctypes.c_int32),
+        ("window", ctypes.c_int32),
+        ("key", VectorLayout),
+        ("value", VectorLayout),
+    ]
+
+
+def _mirror(name: str, fields: list[tuple[type, str]]) -> type[ctypes.Structure]:
+    """A structure from groups of same-typed field names, in C++ order."""
+    pairs = [(field, ctype) for ctype, names in fields for field in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+
+
+Change = _mirror("Change", [(ctypes.c_void_p, "matrix mean"), (ctypes.c_int64, "matrix_stride")])
+AttentionCall = _mirror(
+    "AttentionCall",
+    [
+        (ctypes.c_void_p, "query key value out pages window"),
+        (ctypes.c_void_p, "query_start_loc seq_lens block_table window_block_table sinks"),
+        (ctypes.c_int64, "query_stride key_stride value_stride out_stride"),
+        (ctypes.c_int64, "page_stride page_head_stride window_stride window_head_stride"),
+        (ctypes.c_int64, "block_table_stride window_block_table_stride"),
+        (ctypes.c_int32, "num_reqs num_heads num_kv_heads num_blocks block_size"),
+        (ctypes.c_int32, "slots_per_block blocks_per_ring num_threads sliding_window"),
+        (ctypes.c_float, "scale soft_cap"),
+        (Change, "out_change"),
+        (Layout, "layout"),
+    ],
+)
+PackCall = _mirror(
+    "PackCall",
+    [
+        (ctypes.c_void_p, "key value pages slot_mapping"),
+        (ctypes.c_int64, "key_stride value_stride page_stride page_head_stride num_tokens"),
+        (ctypes.c_int32, "num_kv_heads block_size num_threads"),
+        (Layout, "layout"),
+    ],
+)
+WindowCall = _mirror(
+    "WindowCall",
+    [
+        (ctypes.c_void_p, "key value window query_start_loc seq_lens window_block_table"),
+        (ctypes.c_void_p, "slot_mapping"),
+        (ctypes.c_int64, "key_stride value_stride window_stride window_head_stride"),
+        (ctypes.c_int64, "window_block_table_stride num_slots"),
+        (ctypes.c_int32, "num_reqs num_kv_heads slots_per_block blocks_per_ring num_threads"),
+        (Layout, "layout"),
+    ],
+)
+StepCall = _mirror(
+    "StepCall",
+    [
+        (AttentionCall, "attention"),
+        (Change, "key_change query_change value_change"),
+        (ctypes.c_void_p, "slot_mapping"),
+        (ctypes.c_int64, "num_slots"),
+        (ctypes.c_void_p, "kept_key kept_value"),
+        (ctypes.c_int32, "fills_window"),
+    ],
+)
+
+
+@cache
+def encode(fmt: SparseFormat) -> tuple[int, ...]:
+    """The format as an operator argument: the integers of ``Layout``, in order."""
+    return (
+        fmt.head_size,
+        STORAGE[fmt.dtype],
+        fmt.window,
+        fmt.key.survivors,
+        _storage(fmt.key),
+        fmt.value.survivors,
+        _storage(fmt.value),
+    )
+
+
+def _storage(vector: VectorFormat) -> int:
+    name = vector.codec.name
+    return STORAGE[vector.codec.dtype if name == "auto" else name]
+
+
+@cache
+def layout_of(encoded: tuple[int, ...]) -> Layout:
+    return Layout(*encoded[:3], VectorLayout(*encoded[3:5]), VectorLayout(*encoded[5:]))
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """(num_tokens, heads, D) with the heads of a token contiguous; any stride between tokens."""
+    packed = x.stride(2) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2])
+    return x if packed else x.contiguous()
+
+
+def byte_strides(blocks: Tensor) -> tuple[int, int]:
+    """Bytes from block to block and from KV head to KV head."""
+    size = blocks.element_size()
+    return blocks.stride(0) * size, blocks.stride(1) * size
+
+
+def reach(sliding_window: int | None) -> int:
+    """Positions that a query sees at most, as an int32; 0 for all."""
+    return min(sliding_window or 0, 2**31 - 1)

@@ -1,0 +1,153 @@
+// One layer's step in one parallel region: vectors change basis and are packed, the step attends, and
+// its newest tokens enter the ring. reference.py says what it computes.
+
+#include "../pack/pack.h"
+#include "../window/window.h"
+#include "change.h"
+
+namespace sparsekv::SPARSEKV_ISA {
+
+constexpr int CHANGE_ROWS = 16;  // rows that share the loads of a matrix
+
+// Mirrors ops.StepCall.
+struct StepCall {
+    AttentionCall attention;  // query, key and value of the model; the key is nullptr where `kept` are read
+    Change key_change, query_change, value_change;
+    const int64_t* slot_mapping;
+    int64_t num_slots;
+    uint8_t *kept_key, *kept_value;  // (num_tokens, num_kv_heads, head_size), or nullptr: of nobody else
+    int32_t fills_window;
+};
+
+class Step {
+  public:
+    explicit Step(const StepCall& step)
+        : step_(step), call_(step.attention), layout_(call_.layout), size_(layout_.head_size) {
+        thread_local Scratch memory;
+        const bool writes = call_.key;
+        const int group = call_.num_heads / call_.num_kv_heads;
+        tokens_ = call_.query_start_loc[call_.num_reqs];
+        Carver carver(memory.reserve(tokens_ * (call_.num_heads + 2 * call_.num_kv_heads) * layout_.row_bytes() + 192));
+        key_ = place(carver, call_.key, call_.key_stride, step.key_change, step.kept_key, 1);
+        value_ = place(carver, call_.value, call_.value_stride, step.value_change, step.kept_value, 1);
+        query_ = place(carver, call_.query, call_.query_stride, step.query_change, nullptr, group);
+        query_tokens_ = group < CHANGE_ROWS ? CHANGE_ROWS / group : 1;
+        query_blocks_ = step.query_change.matrix ? blocks(query_tokens_) : 0;
+        key_blocks_ = writes ? blocks(CHANGE_ROWS) : 0;
+    }
+
+    const AttentionCall& attention() const { return call_; }
+
+    // Blocks of tokens of one KV head: queries first, they are the most.
+    int64_t pieces() const { return call_.num_kv_heads * (query_blocks_ + 2 * key_blocks_); }
+
+    void prepare(int64_t piece) {
+        const int head = static_cast<int>(piece % call_.num_kv_heads);
+        const int64_t block = piece / call_.num_kv_heads;
+        if (block < query_blocks_)
+            return change(query_, head, block * query_tokens_, query_tokens_);
+        const int64_t first = (block - query_blocks_) / 2 * CHANGE_ROWS;
+        if ((block - query_blocks_) % 2 == 0) {
+            change(key_, head, first, CHANGE_ROWS);
+            pack(call_.key, call_.key_stride, layout_.key, &Tile<uint8_t>::key, head, first);
+        } else {
+            change(value_, head, first, CHANGE_ROWS);
+            pack(call_.value, call_.value_stride, layout_.value, &Tile<uint8_t>::value, head, first);
+        }
+    }
+
+    WindowCall window() const {
+        return {call_.key, call_.value, const_cast<uint8_t*>(call_.window), call_.query_start_loc, call_.seq_lens,
+                call_.window_block_table, step_.slot_mapping, call_.key_stride, call_.value_stride, call_.window_stride,
+                call_.window_head_stride, call_.window_block_table_stride, step_.num_slots, call_.num_reqs,
+                call_.num_kv_heads, call_.slots_per_block, call_.blocks_per_ring, call_.num_threads, layout_};
+    }
+
+  private:
+    // Rows of the model and, where `stored` is not nullptr, where they go in the basis.
+    struct Rows {
+        const Change* change;
+        const uint8_t* given;
+        uint8_t* stored;  // (num_tokens, heads, head_size)
+        int64_t stride;   // elements from token to token of those given
+        int group;        // heads per KV head
+    };
+
+    // Sets where attention finds the rows.
+    Rows place(Carver& carver, const uint8_t*& rows, int64_t& stride, const Change& change, uint8_t* kept, int group) {
+        Rows result{&change, rows, kept, stride, group};
+        if (!kept && change.matrix)
+            result.stored = carver.take<uint8_t>(tokens_ * call_.num_kv_heads * group * layout_.row_bytes());
+        if (result.stored) {
+            rows = result.stored;
+            stride = int64_t(call_.num_kv_heads) * group * size_;
+        }
+        return result;
+    }
+
+    int64_t blocks(int tokens) const { return (tokens_ + tokens - 1) / tokens; }
+
+    int64_t last(int64_t first, int count) const { return first + count < tokens_ ? first + count : tokens_; }
+
+    // `count` tokens of one KV head.
+    void change(const Rows& rows, int head, int64_t first, int count) const {
+        thread_local Scratch memory;
+        if (!rows.stored) return;
+        const int width = rows.group * size_, bytes = rows.group * layout_.row_bytes();
+        Carver carver(memory.reserve(2 * (size_t(count) * width * sizeof(float) + 64)));
+        float *before = carver.take<float>(count * width), *after = carver.take<float>(count * width);
+        const int64_t end = last(first, count);
+        const auto given = [&](int64_t token) {
+            return rows.given + (token * rows.stride + head * width) * layout_.element_bytes();
+        };
+        const auto stored = [&](int64_t token) { return rows.stored + (token * call_.num_kv_heads + head) * bytes; };
+        if (!rows.change->matrix) {
+            for (int64_t token = first; token < end; ++token) memcpy(stored(token), given(token), bytes);
+            return;
+        }
+        for (int64_t token = first; token < end; ++token)
+            decode_row(layout_.storage, given(token), width, before + (token - first) * width);
+        change_rows(*rows.change, head, before, static_cast<int>(end - first) * rows.group, size_, after);
+        for (int64_t token = first; token < end; ++token)
+            encode_row(layout_.storage, after + (token - first) * width, width, stored(token));
+    }
+
+    void pack(const uint8_t* rows, int64_t stride, const VectorLayout& vector,
+              Section<uint8_t> Tile<uint8_t>::*section, int head, int64_t first) const {
+        for (int64_t token = first; token < last(first, CHANGE_ROWS) && token < step_.num_slots; ++token) {
+            const int64_t slot = step_.slot_mapping[token];
+            if (slot < 0) continue;
+            uint8_t* pages = const_cast<uint8_t*>(call_.pages);
+            const Tile<uint8_t> tile(pages + slot / call_.block_size * call_.page_stride + head * call_.page_head_stride,
+                                     call_.block_size, layout_);
+            pack_row(rows + (token * stride + int64_t(head) * size_) * layout_.element_bytes(), layout_, vector,
+                     tile.*section, static_cast<int>(slot % call_.block_size));
+        }
+    }
+
+    const StepCall& step_;
+    AttentionCall call_;
+    const Layout& layout_;
+    const int size_;
+    int query_tokens_;
+    int64_t tokens_, key_blocks_, query_blocks_;
+    Rows key_, value_, query_;
+};
+
+SPARSEKV_EXPORT(step)(const StepCall* call) {
+    Step step(*call);
+    const Plan plan(step.attention());
+    const WindowCall window = step.window();
+#pragma omp parallel num_threads(window.num_threads)
+    {
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t piece = 0; piece < step.pieces(); ++piece) step.prepare(piece);
+        attend(plan);
+        if (call->fills_window) {
+#pragma omp for schedule(dynamic, 1)
+            for (int request = 0; request < window.num_reqs; ++request) write_request(window, request);
+        }
+    }
+}
+
+}  // namespace sparsekv::SPARSEKV_ISA
