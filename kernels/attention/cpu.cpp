@@ -1,31 +1,27 @@
 // Paged attention over sparse pages; reference.py says what it computes.
 //
-// Each unit of the plan collects its keys and values in batches, expands them and folds them into
-// an online softmax: rows.h where few query rows share a key (decode), matrix.h where many do.
+// Each unit of the plan collects its keys and values in batches and folds them into an online softmax:
+// fold.h in float32, tiles.h with the tile registers of a processor that has them.
 
 #include "../step/change.h"
-#include "batch.h"
-#include "codes.h"
-#include "matrix.h"
-#include "plan.h"
-#include "softmax.h"
+#include "fold.h"
+#include "tiles.h"
 
 namespace sparsekv::SPARSEKV_ISA {
 
-constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense tile pays
-
 enum class Source { PAGES, DENSE_ROWS };
 
+// `Folding` is one of the classes named above.
+template <class Folding>
 class Worker {
   public:
     explicit Worker(const Plan& plan)
-        : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size) {
+        : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size), folding_(plan) {
         Carver count(nullptr);
         carve(count);
         Carver carver(memory().reserve(count.used()));
         carve(carver);
-        key_.initialize();
-        value_.initialize();
+        folding_.initialize();
     }
 
     // Attends one unit; a request in parts leaves its result in the plan's partials.
@@ -41,11 +37,12 @@ class Worker {
             add_window();
             add_step();
         }
+        folding_.end();
         if (request.parts == 1) return write();
         const Accumulator partial = partial_result(unit_.partial);
-        memcpy(partial.maximum, result_.maximum, sizeof(float) * rows_);
-        memcpy(partial.total, result_.total, sizeof(float) * rows_);
-        memcpy(partial.weighted, result_.weighted, sizeof(float) * rows_ * size_);
+        memcpy(partial.maximum, folding_.result.maximum, sizeof(float) * rows_);
+        memcpy(partial.total, folding_.result.total, sizeof(float) * rows_);
+        memcpy(partial.weighted, folding_.result.weighted, sizeof(float) * rows_ * size_);
     }
 
     // Combines the parts of the tile whose first part is this unit.
@@ -55,7 +52,8 @@ class Worker {
         begin(number);
         for (int part = 0; part < unit.request->parts; ++part)
             for (int row = 0; row < rows_; ++row)
-                result_.merge(partial_result(unit.partial + part), row, size_);
+                folding_.result.merge(partial_result(unit.partial + part), row, size_);
+        folding_.end();
         write();
     }
 
@@ -66,16 +64,7 @@ class Worker {
     }
 
     void carve(Carver& carver) {
-        query_ = carver.take<float>(plan_.rows * size_);
-        code_query_ = carver.take<float>(plan_.rows * code_query_size(size_));
-        result_ = Accumulator(carver.take<float>(Accumulator::floats(plan_.rows, size_)), plan_.rows);
-        scores_ = carver.take<float>(plan_.rows * BATCH);
-        key_.carve(carver, size_, layout_.key);
-        value_.carve(carver, size_, layout_.value);
-        if (plan_.rows >= MATRIX_ROWS) {
-            dense_ = carver.take<float>(BATCH * size_);
-            transposed_ = carver.take<float>(BATCH * size_);
-        }
+        folding_.carve(carver);
         if (call_.out_change.matrix) changed_ = carver.take<float>(plan_.rows * size_);
     }
 
@@ -89,16 +78,7 @@ class Worker {
         first_token_ = call_.query_start_loc[unit_.index];
         first_seen_ = plan_.first_seen(*unit_.request, unit_.first_query);
         step_begin_ = INT32_MAX / 2;
-        result_.clear(rows_, size_);
-        const float scale = call_.scale * LOG2_E;
-        for (int i = 0; i < unit_.queries; ++i) {
-            float* query = query_ + i * plan_.group * size_;
-            decode_row(layout_.storage, query_heads(call_.query, call_.query_stride, i), plan_.group * size_, query);
-            for (int j = 0; j < plan_.group * size_; ++j) query[j] *= scale;
-        }
-        if (key_.storage(false) != INT4 + WHOLE || rows_ >= MATRIX_ROWS) return;
-        for (int row = 0; row < rows_; row += ROW_BLOCK)
-            order_queries(query_ + row * size_, block_rows(row), size_, code_query_ + row * code_query_size(size_));
+        folding_.begin(unit_.queries, [&](int i) { return query_heads(call_.query, call_.query_stride, i); });
     }
 
     // The unit's heads of its i-th query, in `query` or `out`.
@@ -124,8 +104,7 @@ class Worker {
                 while (i < stop) {
                     const int take = stop - i < BATCH - batch_ ? stop - i : BATCH - batch_;
                     const bool in_place = take == BATCH && table[block] + 1 < call_.num_blocks;
-                    key_.add_run(tile.key, i - start, take, batch_, in_place);
-                    value_.add_run(tile.value, i - start, take, batch_, in_place);
+                    folding_.add_run(tile, i - start, take, batch_, in_place);
                     for (int j = 0; j < take; ++j) positions_[batch_ + j] = i + j;
                     batch_ += take;
                     i += take;
@@ -151,7 +130,7 @@ class Worker {
     void add_sinks() {
         if (!call_.sinks) return;
         const float* sinks = call_.sinks + unit_.head * plan_.group;
-        for (int row = 0; row < rows_; ++row) result_.add_sink(row, sinks[row % plan_.group] * LOG2_E);
+        for (int row = 0; row < rows_; ++row) folding_.result.add_sink(row, sinks[row % plan_.group] * LOG2_E);
     }
 
     // The ring's dense copy of a computed position, or nullptr where it must be read pruned.
@@ -189,8 +168,7 @@ class Worker {
 
     void add_dense(const uint8_t* key, const uint8_t* value, int position) {
         positions_[batch_] = position;
-        key_.add_row(layout_.storage, key, batch_);
-        value_.add_row(layout_.storage, value, batch_);
+        folding_.add_row(key, value, batch_);
         if (++batch_ == BATCH) fold(Source::DENSE_ROWS);
     }
 
@@ -206,58 +184,13 @@ class Worker {
     void fold(Source source) {
         if (batch_ == 0) return;
         const bool dense = source == Source::DENSE_ROWS;
-        const Vectors key = key_.vectors(dense, batch_), value = value_.vectors(dense, batch_);
-        const int key_storage = key_.storage(dense), value_storage = value_.storage(dense);
-        if (rows_ < MATRIX_ROWS) {
-            score(key_storage, key);
-            weigh(key, value);
-            for (int row = 0; row < rows_; row += ROW_BLOCK)
-                weigh_kernel(value_storage, block_rows(row))(
-                    scores_ + row * BATCH, value, batch_, size_, result_.weighted + row * size_, ahead_);
-        } else {
-            ahead_.fetch(2 * batch_);
-            const int columns = round_up(batch_, LANES);
-            transpose_rows(dense_rows(key_storage, key), columns, size_, transposed_);
-            product(query_, size_, transposed_, BATCH, scores_, BATCH, rows_, size_, columns, false);
-            weigh(key, value);
-            product(scores_, BATCH, dense_rows(value_storage, value), size_, result_.weighted, size_, rows_,
-                    batch_, size_, true);
-        }
+        folding_.fold(batch_, dense, [this](int query) { return visible(query); }, ahead_);
         if (dense) step_begin_ -= batch_;
         batch_ = 0;
-        key_.begin();
-        value_.begin();
-    }
-
-    void score(int storage, const Vectors& key) {
-        for (int row = 0; row < rows_; row += ROW_BLOCK) {
-            float* scores = scores_ + row * BATCH;
-            if (storage == INT4 + WHOLE)
-                code_kernel(block_rows(row))(
-                    code_query_ + row * code_query_size(size_), key, batch_, size_, scores, ahead_);
-            else score_kernel(storage, block_rows(row))(query_ + row * size_, key, batch_, size_, scores, ahead_);
-        }
-    }
-
-    int block_rows(int row) const { return rows_ - row < ROW_BLOCK ? rows_ - row : ROW_BLOCK; }
-
-    const float* dense_rows(int storage, const Vectors& vectors) const {
-        if (storage == DENSE) return reinterpret_cast<const float*>(vectors.values);
-        expand_rows(storage, vectors, batch_, size_, dense_);
-        return dense_;
-    }
-
-    void weigh(const Vectors& key, const Vectors& value) {
-        const float soft_cap = call_.soft_cap * LOG2_E;
-        for (int query = 0, row = 0; query < unit_.queries; ++query) {
-            const Visible seen = visible(query);
-            for (int head = 0; head < plan_.group; ++head, ++row)
-                result_.weigh(scores_ + row * BATCH, row, seen, batch_, size_, key.units, value.units, soft_cap);
-        }
     }
 
     void write() {
-        const float* results = result_.averages(rows_, size_);
+        const float* results = folding_.result.averages(rows_, size_);
         if (call_.out_change.matrix) {
             change_back(call_.out_change, unit_.head, results, rows_, size_, changed_);
             results = changed_;
@@ -272,30 +205,36 @@ class Worker {
     const AttentionCall& call_;
     const Layout& layout_;
     const int size_;
+    Folding folding_;
 
     Unit unit_;
     int64_t first_token_ = 0;  // of the unit's request in this step
     int first_seen_ = 0;       // position, of any query of the unit
     int rows_ = 0;
-    float *query_, *code_query_, *scores_;
-    Accumulator result_{nullptr, 0};
 
     int batch_ = 0;  // keys collected
     int positions_[BATCH];
-    Batch key_, value_;
     Ahead ahead_;
-    float *dense_ = nullptr, *transposed_ = nullptr, *changed_ = nullptr;
+    float* changed_ = nullptr;
     int step_begin_ = 0;  // column of the batch where the step's tokens begin, negative if before it
 };
 
-void attend(const Plan& plan) {
-    Worker worker(plan);
+template <class Folding>
+void attend_by(const Plan& plan) {
+    Worker<Folding> worker(plan);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t unit = 0; unit < plan.units; ++unit) worker.attend(unit);
     if (plan.partials) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t unit = 0; unit < plan.units; ++unit) worker.merge(unit);
     }
+}
+
+void attend(const Plan& plan) {
+#if defined(__AMX_BF16__)
+    if (TileFold::serves(plan.call.layout)) return attend_by<TileFold>(plan);
+#endif
+    attend_by<Fold>(plan);
 }
 
 SPARSEKV_EXPORT(attention)(const AttentionCall* call) {

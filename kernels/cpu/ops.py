@@ -45,6 +45,8 @@ def use_isa(isa: str | None) -> None:
     available = supported_isas()
     if isa is not None and isa not in available:
         raise ValueError(f"isa={isa!r}: must be one of {available} on this machine")
+    if "amx" in available and not torch.cpu._init_amx():
+        available.remove("amx")  # the system does not grant the tile registers
     _isa = isa or available[0]
     library()
     _info_once(f"sparsekv: native CPU kernels, {_isa}")

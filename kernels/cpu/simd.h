@@ -13,7 +13,9 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+#define SPARSEKV_ISA amx
+#elif defined(__AVX512F__)
 #define SPARSEKV_ISA avx512
 #elif defined(__AVX2__)
 #define SPARSEKV_ISA avx2
