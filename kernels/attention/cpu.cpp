@@ -14,6 +14,8 @@ enum class Source { PAGES, DENSE_ROWS };
 // `Folding` is one of the classes named above.
 template <class Folding>
 class Worker {
+    static constexpr int BATCH = Folding::BATCH;
+
   public:
     explicit Worker(const Plan& plan)
         : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size), folding_(plan) {
@@ -104,7 +106,7 @@ class Worker {
                 while (i < stop) {
                     const int take = stop - i < BATCH - batch_ ? stop - i : BATCH - batch_;
                     const bool in_place = take == BATCH && table[block] + 1 < call_.num_blocks;
-                    folding_.add_run(tile, i - start, take, batch_, in_place);
+                    folding_.add_run(tile, i - start, take, batch_, in_place, ahead_);
                     for (int j = 0; j < take; ++j) positions_[batch_ + j] = i + j;
                     batch_ += take;
                     i += take;
@@ -232,7 +234,7 @@ void attend_by(const Plan& plan) {
 
 void attend(const Plan& plan) {
 #if defined(__AMX_BF16__)
-    if (TileFold::serves(plan.call.layout)) return attend_by<TileFold>(plan);
+    if (TileFold::serves(plan)) return attend_by<TileFold>(plan);
 #endif
     attend_by<Fold>(plan);
 }

@@ -14,6 +14,8 @@ constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense ti
 
 class Fold {
   public:
+    static constexpr int BATCH = sparsekv::SPARSEKV_ISA::BATCH;
+
     explicit Fold(const Plan& plan) : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size) {}
 
     void carve(Carver& carver) {
@@ -56,7 +58,7 @@ class Fold {
 
     // Appends `count` entries of a tile, from `first` on, as number n and following. With `in_place`
     // they are all of the batch, and memory is readable past the tile.
-    void add_run(const Tile<const uint8_t>& tile, int first, int count, int n, bool in_place) {
+    void add_run(const Tile<const uint8_t>& tile, int first, int count, int n, bool in_place, Ahead&) {
         key_.add_run(tile.key, first, count, n, in_place);
         value_.add_run(tile.value, first, count, n, in_place);
     }

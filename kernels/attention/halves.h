@@ -78,13 +78,15 @@ inline void place_halves(const uint16_t* survivors, const uint8_t* bitmap, int h
 // The keys, or the values, of a batch.
 class Halves {
   public:
-    void carve(Carver& carver, int head_size, const VectorLayout& layout) {
+    // `capacity` vectors at most.
+    void carve(Carver& carver, int capacity, int head_size, const VectorLayout& layout) {
         head_size_ = head_size;
         layout_ = layout;
         whole_ = layout.survivors == head_size;
         bands = layout.storage == INT4_INT2 ? 2 : 1;
-        rows = carver.take<uint16_t>(BATCH * head_size);
-        for (int band = 0; band < 2; ++band) units[band] = carver.take<float>(BATCH);
+        rows = carver.take<uint16_t>(capacity * head_size);
+        for (int band = 0; band < 2; ++band) units[band] = carver.take<float>(capacity);
+        zeros_ = carver.take<float>(capacity);
         survivors_ = carver.take<uint16_t>(head_size + 2 * HALVES);
     }
 
@@ -112,20 +114,20 @@ class Halves {
 
     // Appends a row of bfloat16 as number n.
     void add_row(const uint8_t* row, int n) {
-        memcpy(rows + n * head_size_, row, head_size_ * sizeof(uint16_t));
+        uint16_t* out = rows + n * head_size_;
+        for (int d = 0; d < head_size_; d += HALVES) _mm512_storeu_si512(out + d, _mm512_loadu_si512(row + 2 * d));
         for (int band = 0; band < bands; ++band) units[band][n] = 1;
     }
 
-    uint16_t* rows = nullptr;             // (BATCH x head_size)
+    uint16_t* rows = nullptr;             // (capacity x head_size)
     float* units[2] = {nullptr, nullptr};  // what each row counts in: all of it, or each half
     int bands = 1;
 
   private:
     void add_integers(
         const uint8_t* source, const uint8_t* bitmap, const uint8_t* scales, int count, int n, uint16_t* out) {
-        float zeros[BATCH];
         if (layout_.storage == INT4_INT2) return add_bands(source, scales, count, n, out);
-        const bool has_nan = decode_scales(layout_.storage, scales, count, 1.f, units[0] + n, zeros);
+        const bool has_nan = decode_scales(layout_.storage, scales, count, 1.f, units[0] + n, zeros_);
         if (!whole_) return add_pruned(source, bitmap, scales, count, n, out, has_nan);
         switch (layout_.storage) {
             case INT2: return add_whole<2>(source, scales, count, out);
@@ -169,6 +171,7 @@ class Halves {
     VectorLayout layout_{};
     bool whole_ = false;
     uint16_t* survivors_ = nullptr;
+    float* zeros_ = nullptr;
 };
 
 }  // namespace sparsekv::SPARSEKV_ISA

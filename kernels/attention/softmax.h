@@ -83,10 +83,13 @@ struct Accumulator {
         for (int i = 0; i < padded; i += LANES) {
             F score = load(scores + i) * load(key_units + i);
             if constexpr (CAPPED) score = soft_cap * tanh(score * (1 / soft_cap));
+            if (i < visible.begin || i + LANES > visible.end) {
+                const I number = lane_numbers() + i;
+                score = number < visible.begin ? broadcast(-INFINITY) : score;
+                score = number < visible.end ? score : broadcast(-INFINITY);
+            }
             store(scores + i, score);
-            for (int j = i; j < visible.begin && j < i + LANES; ++j) scores[j] = -INFINITY;
-            for (int j = visible.end > i ? visible.end : i; j < i + LANES; ++j) scores[j] = -INFINITY;
-            greatest = max(load(scores + i), greatest);
+            greatest = max(score, greatest);
         }
         return largest(greatest);
     }

@@ -1,4 +1,4 @@
-// As fold.h, for bfloat16 models, by the tile registers of AMX: 16 rows of 64 bytes each.
+// As fold.h, for many query rows of bfloat16 models, by the tile registers of AMX: 16 rows of 64 bytes.
 //
 // Nothing is rounded that fold.h does not round: queries, keys and values are bfloat16 without loss
 // (halves.h), and weights are a sum of two bfloat16 numbers. Products are summed in float32.
@@ -16,45 +16,45 @@ constexpr int PAIRS_DEPTH = 32;  // what one product of tiles sums over
 
 class TileFold {
   public:
-    static bool serves(const Layout& layout) {
-        const bool bands = layout.key.storage == INT4_INT2;
-        return layout.storage == BFLOAT16 && layout.head_size % (bands ? 2 * PAIRS_DEPTH : PAIRS_DEPTH) == 0;
+    static constexpr int BATCH = 128;
+
+    static bool serves(const Plan& plan) {
+        const Layout& layout = plan.call.layout;
+        const int multiple = layout.key.storage == INT4_INT2 ? 2 * PAIRS_DEPTH : PAIRS_DEPTH;
+        return plan.rows >= MATRIX_ROWS && layout.storage == BFLOAT16 && layout.head_size % multiple == 0;
     }
 
     explicit TileFold(const Plan& plan) : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size) {}
 
     void carve(Carver& carver) {
         const int rows = round_up(plan_.rows, TILE);
-        query_ = carver.take<uint32_t>(rows * size_ / 2);
+        query_ = carver.take<uint16_t>(rows * size_);
         result = Accumulator(carver.take<float>(Accumulator::floats(rows, size_)), rows);
-        scores_ = carver.take<float>(rows * BATCH);
-        columns_ = carver.take<float>(2 * BATCH * TILE);
-        for (uint16_t*& weights : weights_) weights = carver.take<uint16_t>(rows * BATCH);
+        scores_ = carver.take<float>(TILE * BATCH);
+        other_scores_ = carver.take<float>(TILE * BATCH);
+        columns_ = carver.take<uint32_t>(BATCH * size_ / 2);
+        for (uint16_t*& weights : weights_) weights = carver.take<uint16_t>(TILE * BATCH);
         pairs_ = carver.take<uint32_t>(BATCH / 2 * size_);
         key_units_ = carver.take<float>(BATCH);
-        key_.carve(carver, size_, layout_.key);
-        value_.carve(carver, size_, layout_.value);
+        key_.carve(carver, BATCH, size_, layout_.key);
+        value_.carve(carver, BATCH, size_, layout_.value);
     }
 
     void initialize() {}
 
     template <class Query>
     void begin(int queries, Query query) {
-        queries_ = queries;
         rows_ = queries * plan_.group;
         result.clear(rows_, size_);
         configure(rows_ < TILE ? rows_ : TILE);
-        memset(query_, 0, size_t(round_up(rows_, TILE)) * size_ * 2);
-        for (int row = 0; row < rows_; ++row) {
-            const uint8_t* source = query(row / plan_.group) + int64_t(row % plan_.group) * size_ * 2;
-            uint32_t* column = query_ + row / TILE * TILE * (size_ / 2) + row % TILE;
-            for (int d = 0; d < size_ / 2; ++d) memcpy(column + d * TILE, source + 4 * d, 4);
-        }
+        const int width = plan_.group * size_;
+        for (int i = 0; i < queries; ++i) memcpy(query_ + i * width, query(i), width * sizeof(uint16_t));
     }
 
     void end() { _tile_release(); }
 
-    void add_run(const Tile<const uint8_t>& tile, int first, int count, int n, bool) {
+    void add_run(const Tile<const uint8_t>& tile, int first, int count, int n, bool, Ahead& ahead) {
+        ahead.fetch(2 * count);
         key_.add_run(tile.key, first, count, n);
         value_.add_run(tile.value, first, count, n);
     }
@@ -65,23 +65,25 @@ class TileFold {
     }
 
     template <class Seen>
-    void fold(int n, bool, Seen visible, Ahead& ahead) {
-        ahead.fetch(2 * n);
+    void fold(int n, bool, Seen visible, Ahead&) {
         const float scale = plan_.call.scale * LOG2_E;
         for (int i = 0; i < BATCH; i += LANES)
             store(key_units_ + i, key_.bands == 2 ? broadcast(scale) : load(key_.units[0] + i) * scale);
-        for (int row = 0; row < rows_; row += TILE) score(row, n);
-        weigh(n, visible);
         memset(value_.rows + n * size_, 0, (round_up(n, PAIRS_DEPTH) - n) * size_ * sizeof(uint16_t));
         pair_values(n);
-        for (int row = 0; row < rows_; row += TILE) add_values(row, n);
+        turn_keys(n);
+        for (int row = 0; row < rows_; row += TILE) {
+            score(row, n);
+            weigh(row, n, visible);
+            add_values(row, n);
+        }
     }
 
     Accumulator result{nullptr, 0};
 
   private:
-    // Registers 0 and 1: scores, keys by queries. 2: keys. 3: queries, or pairs of values. 4 and 5:
-    // results, queries by elements. 6 and 7: the two parts of weights.
+    // Registers 0 and 1: scores, queries by keys. 2: queries. 3: pairs of elements by keys, or of values
+    // by elements. 4 and 5: results, queries by elements. 6 and 7: the two parts of weights.
     static void configure(int rows) {
         alignas(64) struct {
             uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -90,82 +92,95 @@ class TileFold {
         } config;
         for (int i = 0; i < 8; ++i) {
             config.row_bytes[i] = 64;
-            config.rows[i] = static_cast<uint8_t>(i >= 4 ? rows : TILE);
+            config.rows[i] = static_cast<uint8_t>(i == 3 ? TILE : rows);
         }
         asm volatile("" : : "r"(&config) : "memory");  // the compiler believes that 8 bytes are read
         _tile_loadconfig(&config);
     }
 
-    // Scores of n keys and 16 rows of the query, without units where the keys have one band.
-    void score(int row, int n) {
-        const uint32_t* query = query_ + row * (size_ / 2);
-        const int depth = size_ / key_.bands;
-        for (int band = 0; band < key_.bands; ++band)
-            for (int i = 0; i < n; i += 2 * TILE) {
-                float* out = columns_ + (band * BATCH + i) * TILE;
-                _tile_zero(0);
-                _tile_zero(1);
-                for (int d = band * depth; d < (band + 1) * depth; d += PAIRS_DEPTH) {
-                    _tile_loadd(3, query + d / 2 * TILE, 64);
-                    _tile_loadd(2, key_.rows + i * size_ + d, size_ * 2);
-                    _tile_dpbf16ps(0, 2, 3);
-                    _tile_loadd(2, key_.rows + (i + TILE) * size_ + d, size_ * 2);
-                    _tile_dpbf16ps(1, 2, 3);
-                }
-                _tile_stored(0, out, 64);
-                _tile_stored(1, out + TILE * TILE, 64);
-            }
+    // Pairs of the keys' elements, of 32 elements and 16 keys after the other.
+    void turn_keys(int n) {
         for (int i = 0; i < n; i += TILE)
-            for (int first = 0; first < TILE && row + first < rows_; first += 4) {
-                F x[4];
-                transpose4(columns_ + i * TILE + first, x);
-                if (key_.bands == 2) {
-                    F y[4];
-                    transpose4(columns_ + (BATCH + i) * TILE + first, y);
-                    const F units = load(key_.units[0] + i), others = load(key_.units[1] + i);
-                    for (int j = 0; j < 4; ++j) x[j] = x[j] * units + y[j] * others;
-                }
-                for (int j = 0; j < 4; ++j) store(scores_ + (row + first + j) * BATCH + i, x[j]);
-            }
+            for (int d = 0; d < size_; d += PAIRS_DEPTH)
+                transpose16(key_.rows + i * size_ + d, size_, column_tile(i, d));
     }
 
-    // 4 columns of a 16 x 16 block of floats.
-    static void transpose4(const float* block, F (&out)[4]) {
-        F x[4];
-        for (int i = 0; i < 4; ++i) {
-            x[i] = _mm512_castps128_ps512(_mm_loadu_ps(block + i * TILE));
-            x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x00f0, _mm_loadu_ps(block + (i + 4) * TILE));
-            x[i] = _mm512_mask_broadcast_f32x4(x[i], 0x0f00, _mm_loadu_ps(block + (i + 8) * TILE));
-            x[i] = _mm512_mask_broadcast_f32x4(x[i], 0xf000, _mm_loadu_ps(block + (i + 12) * TILE));
+    uint32_t* column_tile(int key, int d) const { return columns_ + (d / 2 * BATCH + key * TILE); }
+
+    // 16 rows of 16 pairs.
+    static void transpose16(const uint16_t* rows, int stride, uint32_t* out) {
+        __m512i a[TILE], b[TILE];
+        for (int i = 0; i < TILE; ++i) a[i] = _mm512_loadu_si512(rows + i * stride);
+        for (int i = 0; i < TILE; i += 2) {
+            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
         }
-        const F low = _mm512_unpacklo_ps(x[0], x[1]), high = _mm512_unpackhi_ps(x[0], x[1]);
-        const F low2 = _mm512_unpacklo_ps(x[2], x[3]), high2 = _mm512_unpackhi_ps(x[2], x[3]);
-        // Lane j of x[i] was key 4 j + i.
-        out[0] = _mm512_shuffle_ps(low, low2, 0x44);
-        out[1] = _mm512_shuffle_ps(low, low2, 0xee);
-        out[2] = _mm512_shuffle_ps(high, high2, 0x44);
-        out[3] = _mm512_shuffle_ps(high, high2, 0xee);
+        for (int i = 0; i < TILE; i += 4)
+            for (int j = 0; j < 2; ++j) {
+                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+            }
+        // a[4 i + j] has columns j, j + 4, j + 8, j + 12 of rows 4 i to 4 i + 3.
+        for (int j = 0; j < 4; ++j) {
+            const __m512i low = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), high = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
+            const __m512i low2 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
+            const __m512i high2 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
+            _mm512_storeu_si512(out + j * TILE, _mm512_shuffle_i32x4(low, low2, 0x88));
+            _mm512_storeu_si512(out + (j + 4) * TILE, _mm512_shuffle_i32x4(high, high2, 0x88));
+            _mm512_storeu_si512(out + (j + 8) * TILE, _mm512_shuffle_i32x4(low, low2, 0xdd));
+            _mm512_storeu_si512(out + (j + 12) * TILE, _mm512_shuffle_i32x4(high, high2, 0xdd));
+        }
     }
 
-    // Scores to weights in two parts; those past the n keys are 0.
+    // Scores of 16 rows of the query and n keys, without units where the keys have one band.
+    void score(int row, int n) {
+        const int depth = size_ / key_.bands;
+        score_band(row, n, 0, depth, scores_);
+        if (key_.bands == 1) return;
+        score_band(row, n, depth, size_, other_scores_);
+        for (int i = 0; i < TILE * BATCH; i += LANES) {
+            const F units = load(key_.units[0] + i % BATCH), others = load(key_.units[1] + i % BATCH);
+            store(scores_ + i, load(scores_ + i) * units + load(other_scores_ + i) * others);
+        }
+    }
+
+    void score_band(int row, int n, int first, int last, float* scores) {
+        for (int i = 0; i < n; i += 2 * TILE) {
+            _tile_zero(0);
+            _tile_zero(1);
+            for (int d = first; d < last; d += PAIRS_DEPTH) {
+                _tile_loadd(2, query_ + row * size_ + d, size_ * 2);
+                _tile_loadd(3, column_tile(i, d), 64);
+                _tile_dpbf16ps(0, 2, 3);
+                _tile_loadd(3, column_tile(i + TILE, d), 64);
+                _tile_dpbf16ps(1, 2, 3);
+            }
+            _tile_stored(0, scores + i, BATCH * 4);
+            _tile_stored(1, scores + i + TILE, BATCH * 4);
+        }
+    }
+
+    // Scores to weights in two parts, of 16 rows; those past the n keys are 0.
     template <class Seen>
-    void weigh(int n, Seen visible) {
+    void weigh(int first, int n, Seen visible) {
         const float soft_cap = plan_.call.soft_cap * LOG2_E;
-        const uint64_t keys = n == 64 ? ~uint64_t(0) : (uint64_t(1) << n) - 1;
-        for (int query = 0, row = 0; query < queries_; ++query) {
-            const Visible seen = visible(query);
-            for (int head = 0; head < plan_.group; ++head, ++row) {
-                float* scores = scores_ + row * BATCH;
-                result.weigh(scores, row, seen, n, size_, key_units_, value_.units[0], soft_cap);
-                for (int i = 0; i < BATCH; i += 2 * LANES) {
-                    const F low = _mm512_maskz_loadu_ps(static_cast<__mmask16>(keys >> i), scores + i);
-                    const F high = _mm512_maskz_loadu_ps(static_cast<__mmask16>(keys >> (i + LANES)), scores + i + LANES);
-                    const __m512i main = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-                    const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(
-                        high - widen(_mm512_extracti64x4_epi64(main, 1)), low - widen(_mm512_castsi512_si256(main)));
-                    _mm512_storeu_si512(weights_[0] + row * BATCH + i, main);
-                    _mm512_storeu_si512(weights_[1] + row * BATCH + i, rest);
-                }
+        __mmask16 keys[BATCH / LANES];
+        for (int i = 0; i < BATCH / LANES; ++i) {
+            const int left = n - i * LANES;
+            keys[i] = static_cast<__mmask16>(left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
+        }
+        for (int row = first; row < first + TILE && row < rows_; ++row) {
+            float* scores = scores_ + (row - first) * BATCH;
+            const Visible seen = visible(row / plan_.group);
+            result.weigh(scores, row, seen, n, size_, key_units_, value_.units[0], soft_cap);
+            for (int i = 0; i < round_up(n, PAIRS_DEPTH); i += 2 * LANES) {
+                const F low = _mm512_maskz_loadu_ps(keys[i / LANES], scores + i);
+                const F high = _mm512_maskz_loadu_ps(keys[i / LANES + 1], scores + i + LANES);
+                const __m512i main = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+                const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(
+                    high - widen(_mm512_extracti64x4_epi64(main, 1)), low - widen(_mm512_castsi512_si256(main)));
+                _mm512_storeu_si512(weights_[0] + (row - first) * BATCH + i, main);
+                _mm512_storeu_si512(weights_[1] + (row - first) * BATCH + i, rest);
             }
         }
     }
@@ -205,8 +220,8 @@ class TileFold {
             _tile_loadd(5, out + TILE, size_ * 4);
             for (int i = 0; i < n; i += PAIRS_DEPTH) {
                 const uint32_t* pairs = pairs_ + i / 2 * size_ + d;
-                _tile_loadd(6, weights_[0] + row * BATCH + i, BATCH * 2);
-                _tile_loadd(7, weights_[1] + row * BATCH + i, BATCH * 2);
+                _tile_loadd(6, weights_[0] + i, BATCH * 2);
+                _tile_loadd(7, weights_[1] + i, BATCH * 2);
                 _tile_loadd(3, pairs, size_ * 4);
                 _tile_dpbf16ps(4, 6, 3);
                 _tile_dpbf16ps(4, 7, 3);
@@ -222,9 +237,10 @@ class TileFold {
     const Plan& plan_;
     const Layout& layout_;
     const int size_;
-    int queries_ = 0, rows_ = 0;
-    uint32_t* query_ = nullptr;  // for each 16 rows, (head_size / 2) pairs of elements by 16
-    float *scores_ = nullptr, *columns_ = nullptr, *key_units_ = nullptr;
+    int rows_ = 0;
+    uint16_t* query_ = nullptr;    // (rows x head_size)
+    uint32_t* columns_ = nullptr;  // of keys, see turn_keys()
+    float *scores_ = nullptr, *other_scores_ = nullptr, *key_units_ = nullptr;
     uint16_t* weights_[2] = {nullptr, nullptr};
     uint32_t* pairs_ = nullptr;  // of values, (BATCH / 2 x head_size)
     Halves key_, value_;

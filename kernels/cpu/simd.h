@@ -56,6 +56,13 @@ inline void add_product(F& sum, F x, F y) {
 }
 inline F bits_to_float(I x) { return reinterpret_cast<F>(x); }
 inline I float_to_bits(F x) { return reinterpret_cast<I>(x); }
+inline I lane_numbers() {
+#if defined(__AVX512F__)
+    return I{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#else
+    return I{0, 1, 2, 3, 4, 5, 6, 7};
+#endif
+}
 // A NaN in either operand may be lost; softmax recovers it from the exponential.
 inline F max(F a, F b) { return a > b ? a : b; }
 
@@ -91,35 +98,50 @@ inline void sum4(const F* x, int stride, float* out) {
 #endif
 }
 
+#if defined(__AVX512F__)
+inline float sum(F x) { return _mm512_reduce_add_ps(x); }
+inline float largest(F x) { return _mm512_reduce_max_ps(x); }
+#else
+// Both halves of the lanes together, again and again.
+template <class Together>
+inline float reduce(F x, Together together) {
+    float lane[LANES];
+    store(lane, x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int j = 0; j < width; ++j) lane[j] = together(lane[j], lane[j + width]);
+    return lane[0];
+}
 inline float sum(F x) {
-    float lane[LANES];
-    store(lane, x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int j = 0; j < width; ++j) lane[j] += lane[j + width];
-    return lane[0];
+    return reduce(x, [](float a, float b) { return a + b; });
 }
-
 inline float largest(F x) {
-    float lane[LANES];
-    store(lane, x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int j = 0; j < width; ++j) lane[j] = lane[j] > lane[j + width] ? lane[j] : lane[j + width];
-    return lane[0];
+    return reduce(x, [](float a, float b) { return a > b ? a : b; });
 }
+#endif
 
-// 2^x for x <= 0, relative error below 1e-7; 0 below -126, NaN stays NaN.
+// 2^x for x <= 0, relative error below 1e-7; next to 0 below -126, NaN stays NaN.
 inline F exp2(F x) {
+#if defined(__AVX512F__)
+    x = _mm512_max_ps(_mm512_set1_ps(-200), x);
+    const F integer = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const F f = x - integer;
+#else
     constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
     const F shifted = x + ROUND;
     const F f = x - (shifted - ROUND);
+#endif
     F p = f * 1.546144746e-4f + 1.339086714e-3f;
     p = p * f + 9.618056670e-3f;
     p = p * f + 5.550357104e-2f;
     p = p * f + 2.402265092e-1f;
     p = p * f + 6.931471880e-1f;
     p = p * f + 1.f;
+#if defined(__AVX512F__)
+    return _mm512_scalef_ps(p, integer);
+#else
     // The lowest 9 bits of ROUND are 0, so that those of `shifted` are the integer's.
     return x < -126.f ? F{} : p * bits_to_float((float_to_bits(shifted) + 127) << 23);
+#endif
 }
 
 // Relative error below 2e-7, NaN stays NaN.
