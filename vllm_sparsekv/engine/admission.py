@@ -81,7 +81,7 @@ def admit(vllm_config: VllmConfig) -> None:
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "disable_hybrid_kv_cache_manager=True: must be False with attention_backend=sparsekv, "
-            "pages and window are two cache groups; a KV connector without hybrid support sets it"
+            "pages and window are two cache groups"
         )
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE
