@@ -21,13 +21,11 @@ def backend_member() -> Any:
     """Register everything and return the ``AttentionBackendEnum`` member."""
     from vllm_sparsekv.engine import compat
     from vllm_sparsekv.engine.admission import admit, refuse_unused_settings
-    from vllm_sparsekv.engine.transfer.connectors import prepare_connector
     from vllm_sparsekv.engine.window import RingManager, RingSpec
 
     member = compat.register_backend_member(BACKEND_NAME, BACKEND_PATH, backend_member)
     compat.watch_engine_arguments()
     compat.watch_config(member, admit, refuse_unused_settings)
-    compat.watch_connector(member, prepare_connector)
     compat.watch_layers(_prepare_layers)
     compat.register_ring(RingSpec, RingManager)
     return member

@@ -33,6 +33,7 @@ from vllm_sparsekv.engine.compat.config import (
     model_configuration,
     model_identity,
     parse_engine_options,
+    settle_connector,
     weights_identity,
 )
 from vllm_sparsekv.engine.compat.hooks import (
@@ -40,7 +41,6 @@ from vllm_sparsekv.engine.compat.hooks import (
     register_backend_member,
     register_ring,
     watch_config,
-    watch_connector,
     watch_engine_arguments,
     watch_layers,
     zero_on_cpu,
@@ -103,9 +103,9 @@ __all__ = [
     "register_before",
     "register_ring",
     "replace_backend",
+    "settle_connector",
     "state_pages",
     "watch_config",
-    "watch_connector",
     "watch_engine_arguments",
     "watch_layers",
     "weights_identity",

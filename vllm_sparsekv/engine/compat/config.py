@@ -74,6 +74,11 @@ def model_configuration(vllm_config: VllmConfig) -> dict[str, Any]:
     return configuration
 
 
+def settle_connector(vllm_config: VllmConfig) -> None:
+    """Have vLLM turn ``--kv-offloading-size`` into a KV connector now; later it does so again."""
+    vllm_config._post_init_kv_transfer_config()
+
+
 def has_weights(vllm_config: VllmConfig) -> bool:
     """False if the model is a folder without weights."""
     model = vllm_config.model_config.model

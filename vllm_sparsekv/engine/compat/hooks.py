@@ -78,36 +78,14 @@ def watch_config(
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
             original(vllm_config)
-            check = selected if _selects(vllm_config, member) else other
+            attention = vllm_config.attention_config
+            chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
+            check = selected if member in chosen else other
             check(vllm_config)
 
         return check_and_update_config
 
     _wrap_platform_hook("check_and_update_config", make)
-
-
-def watch_connector(member: Any, prepare: Callable[[VllmConfig], None]) -> None:
-    """Call ``prepare`` on every engine configuration that selects ``member``, once vLLM has settled
-    its KV connector.
-
-    ``--kv-offloading-size`` becomes a connector only after :func:`watch_config`; whether vLLM turns
-    its hybrid cache manager off for a connector is decided right after this.
-    """
-
-    def make(original: Callable[[Any], None]) -> Callable[[Any], None]:
-        def post_init_kv_transfer_config(self: VllmConfig) -> None:
-            original(self)
-            if _selects(self, member):
-                prepare(self)
-
-        return post_init_kv_transfer_config
-
-    _wrap_once(VllmConfig, "_post_init_kv_transfer_config", make)
-
-
-def _selects(vllm_config: VllmConfig, member: Any) -> bool:
-    attention = vllm_config.attention_config
-    return member in [attention.backend, *(attention.backend_per_kind or {}).values()]
 
 
 def watch_layers(prepare: Callable[[VllmConfig, Callable[[], None]], None]) -> None:

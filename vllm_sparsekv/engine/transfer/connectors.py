@@ -1,35 +1,38 @@
 """Which of vLLM's KV connectors carry sparse pages, and what slides in under their names.
 
 A connector must take two cache groups, pages and window, and key what it keeps or moves by the
-pages' fingerprint. It is checked where vLLM has made up its mind which to use, so
-``--kv-offloading-size`` is seen as well.
+pages' fingerprint.
 """
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
-from vllm_sparsekv.engine.admission import settings_of
 from vllm_sparsekv.engine.compat import (
     VllmConfig,
     model_configuration,
+    settle_connector,
     weights_identity,
 )
 from vllm_sparsekv.format.fingerprint import origin
+from vllm_sparsekv.settings import SparseKVConfig
 
 CARRIED = ("OffloadingConnector", "MultiConnector")
 """``MultiConnector`` if all its own connectors are."""
 
 _ONE_GROUP = "takes one cache group; sparse pages and their window are two"
 _UNKEYED = "does not key pages by their settings: other engines would read them as garbage"
+_UNKNOWN = "is not known to key pages by their settings"
+_EXTRA = "kv_connector_extra_config"
 
 REFUSED = {
     "DecodeBenchConnector": "fills pages with numbers that are no pages",
     "ExampleConnector": _ONE_GROUP,
-    "ExampleHiddenStatesConnector": "reads hidden states from dense pages",
+    "ExampleHiddenStatesConnector": "is a debugging aid, untried with sparse pages",
     "FlexKVConnectorV1": _ONE_GROUP,
     "HF3FSKVConnector": _ONE_GROUP,
-    "HiSparseConnector": "is for models with sparse attention of their own",
+    "HiSparseConnector": "needs an attention backend of its own",
     "LMCacheConnectorV1": _ONE_GROUP,
     "LMCacheMPConnector": "takes the window's shape for that of all pages",
     "MoRIIOConnector": "refuses the window's cache group",
@@ -38,7 +41,7 @@ REFUSED = {
     "NixlConnector": "cannot partition the window's blocks",
     "NixlPullConnector": "cannot partition the window's blocks",
     "NixlPushConnector": "cannot partition the window's blocks",
-    "SimpleCPUOffloadConnector": "keeps blocks of the window too; OffloadingConnector does not",
+    "SimpleCPUOffloadConnector": "is for CUDA alone and untried; OffloadingConnector does the same",
 }
 """vLLM's other connectors, and why."""
 
@@ -60,28 +63,39 @@ ORIGIN = "sparsekv_origin"
 STOCK_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 
 
-def prepare_connector(vllm_config: VllmConfig) -> None:
-    """Refuse a connector that does not carry sparse pages; have the others use ours inside.
+def check_connector(vllm_config: VllmConfig) -> None:
+    """Refuse a connector that does not carry sparse pages.
 
     Raises:
         ValueError: names the field, the value and the connectors that do.
     """
+    settle_connector(vllm_config)
+    transfer = vllm_config.kv_transfer_config
+    if transfer is not None and transfer.kv_connector is not None:
+        _check(
+            transfer.kv_connector,
+            transfer.kv_connector_module_path,
+            transfer.kv_connector_extra_config,
+        )
+
+
+def prepare_connector(vllm_config: VllmConfig, settings: SparseKVConfig) -> None:
+    """Have a connector that was checked use what is ours, in this engine alone."""
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:
         return
-    transfer.kv_connector_extra_config = _prepared(
-        transfer.kv_connector,
-        transfer.kv_connector_module_path,
-        transfer.kv_connector_extra_config,
-        page_origin(vllm_config),
+    ours = SPEC | {ORIGIN: page_origin(vllm_config, settings)}
+    vllm_config.kv_transfer_config = transfer = copy(transfer)
+    transfer.kv_connector_extra_config = _with(
+        ours, transfer.kv_connector, transfer.kv_connector_extra_config
     )
 
 
-def page_origin(vllm_config: VllmConfig) -> str:
-    """The ``origin`` of this engine's pages."""
+def page_origin(vllm_config: VllmConfig, settings: SparseKVConfig) -> str:
+    """The ``origin`` of this engine's pages, which have these settings."""
     model = vllm_config.model_config
     return origin(
-        settings_of(vllm_config),
+        settings,
         model=str(model.model),
         revision=model.revision,
         weights=[str(model.quantization), *weights_identity(vllm_config)],
@@ -90,37 +104,35 @@ def page_origin(vllm_config: VllmConfig) -> str:
     )
 
 
-def _prepared(
-    name: str, module_path: str | None, extra: dict[str, Any], page_origin: str
-) -> dict[str, Any]:
-    """``kv_connector_extra_config`` of a connector as it has to be."""
+def _with(ours: dict[str, str], name: str, extra: dict[str, Any]) -> dict[str, Any]:
+    """``kv_connector_extra_config`` of a connector, with ours in it or in those it has."""
+    if name != "MultiConnector":
+        return extra | ours
+    children = [
+        child | {_EXTRA: _with(ours, child["kv_connector"], child[_EXTRA])}
+        for child in extra["connectors"]
+    ]
+    return extra | {"connectors": children}
+
+
+def _check(name: str | None, module_path: str | None, extra: dict[str, Any]) -> None:
     if name not in CARRIED or module_path:
-        reason = REFUSED.get(name, "is not known to key pages by their settings")
+        reason = _UNKNOWN if module_path else REFUSED.get(name, _UNKNOWN)
         raise ValueError(
-            f"kv_connector={name!r}: {'comes from ' + module_path + ' and ' if module_path else ''}"
-            f"{reason}; must be one of {list(CARRIED)} with attention_backend=sparsekv"
+            f"kv_connector={name!r}{_of(module_path)}: {reason}; must be one of "
+            f"{list(CARRIED)} with attention_backend=sparsekv"
         )
-    if name == "MultiConnector":
-        return extra | {
-            "connectors": [
-                child
-                | {
-                    "kv_connector_extra_config": _prepared(
-                        child.get("kv_connector"),
-                        child.get("kv_connector_module_path"),
-                        child.get("kv_connector_extra_config", {}),
-                        page_origin,
-                    )
-                }
-                for child in extra.get("connectors", [])
-            ]
-        }
-    _check_offloading(extra)
-    return extra | SPEC | {ORIGIN: page_origin}
+    if name == "OffloadingConnector":
+        _check_offloading(extra)
+        return
+    for child in extra.get("connectors", []):
+        _check(
+            child.get("kv_connector"), child.get("kv_connector_module_path"), child.get(_EXTRA, {})
+        )
 
 
 def _check_offloading(extra: dict[str, Any]) -> None:
-    where = "kv_connector_extra_config."
+    where = f"{_EXTRA}."
     spec = extra.get("spec_name", STOCK_SPECS[0])
     if spec not in (*STOCK_SPECS, SPEC["spec_name"]):
         raise ValueError(
@@ -137,10 +149,14 @@ def _check_offloading(extra: dict[str, Any]) -> None:
             f"attention_backend=sparsekv, pages are not rows of tokens"
         )
     for tier in extra.get("secondary_tiers", []):
-        kind = tier.get("type")
-        if kind not in CARRIED_TIERS or tier.get("module_path"):
-            reason = REFUSED_TIERS.get(kind, "is not known to key pages by their settings")
+        kind, module_path = tier.get("type"), tier.get("module_path")
+        if kind not in CARRIED_TIERS or module_path:
+            reason = _UNKNOWN if module_path else REFUSED_TIERS.get(kind, _UNKNOWN)
             raise ValueError(
-                f"{where}secondary_tiers: type {kind!r} {reason}; must be one of "
+                f"{where}secondary_tiers: type {kind!r}{_of(module_path)} {reason}; must be one of "
                 f"{list(CARRIED_TIERS)} with attention_backend=sparsekv"
             )
+
+
+def _of(module_path: str | None) -> str:
+    return f" of {module_path}" if module_path else ""
