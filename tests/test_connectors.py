@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 from engines import MODEL
+from planning import Layer, build_layers, plan
+from planning import configure as configure_shape
 from test_admission import configure
+from test_planning import LLAMA_8B
 from vllm.config import KVTransferConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 
+from vllm_sparsekv.engine import report
 from vllm_sparsekv.engine.transfer import connectors
 from vllm_sparsekv.engine.transfer.connectors import CARRIED, CARRIED_TIERS, ORIGIN, SPEC
 
@@ -199,3 +204,27 @@ def test_what_cannot_carry_sparse_pages_is_refused(options, message):
 def test_an_engine_without_sparse_pages_is_left_alone():
     config = admitted(attention_backend=None, additional_config={})
     assert config.kv_connector_extra_config == HOST
+
+
+def test_bytes_of_a_token_below_the_cache(tmp_path):
+    """Llama-3.1-8B's shape: 8 heads of 64 + 2 bytes of keys and 48 + 2 of values, 32 layers."""
+    given = configure_shape(
+        tmp_path,
+        LLAMA_8B,
+        attention_backend="sparsekv",
+        additional_config={"sparsekv": {"key_dtype": "int4", "value_dtype": "int3"}},
+        kv_offloading_size=1,
+        load_format="dummy",
+    )
+    layers = build_layers(given, dict.fromkeys(range(32), Layer()))
+    made = plan(given)
+    lines = report.lines(given, {layer.layer_name: layer for layer in layers}, {})
+    assert lines[-1] == (
+        "sparsekv: OffloadingConnector keeps and moves 29696 bytes per token against 131072 dense "
+        "(4.41x)"
+    )
+    spec = OffloadingSpecFactory.create_spec(build_offloading_config(made.config, made.groups))
+    page = 64 * 29696
+    assert spec.cpu_page_size_per_worker == page
+    assert page < spec.kv_bytes_per_chunk <= 1.01 * page
+    assert spec.num_chunks == (1 << 30) // spec.kv_bytes_per_chunk

@@ -236,9 +236,12 @@ def test_preempted_requests_come_back_from_host_memory(model: Path) -> None:
     """A crowd that outgrows the cache, twice: the second time it is restored."""
     crowd = [prompt(seed, 190) for seed in range(12)]
     with offloading(model, num_gpu_blocks_override=24) as llm:
+        ask(llm, crowd)
         alone = [texts(ask(llm, [tokens]))[0] for tokens in crowd]
+        before = metric(llm, "vllm:num_preemptions")
         assert llm.reset_prefix_cache()
         for _ in range(2):
             outputs = ask(llm, crowd)
             assert [output.num_cached_tokens for output in outputs] == [128] * len(crowd)
             assert texts(outputs) == alone
+        assert metric(llm, "vllm:num_preemptions") > before

@@ -171,6 +171,14 @@ def test_of_two_damaged_files_the_first_counts(files: Files) -> None:
     assert (result.success, result.successful_keys) == (False, tuple(KEYS[:1]))
 
 
+def test_all_files_that_were_read_and_are_damaged_are_removed(files: Files) -> None:
+    for index in (1, 3):
+        fill(files.path(KEYS[index]))
+    result = files.run(files.tier.submit_load, KEYS)
+    assert (result.success, result.successful_keys) == (False, tuple(KEYS[:1]))
+    assert [files.path(key).exists() for key in KEYS] == [True, False, True, False]
+
+
 def test_a_longer_file_holds_what_was_written(files: Files) -> None:
     with files.path(KEYS[0]).open("ab") as file:
         file.write(b"more")

@@ -66,25 +66,27 @@ class SealedFiles(FileSystemTierManager):
         """Read chunks up to the first that is missing or not what was written.
 
         Raises:
-            OSError: there is one; it and those after it are misses, and a damaged file is removed.
+            OSError: there is one; it and those after it are misses. Damaged files are removed.
         """
-        failure, loaded = None, len(keys)
+        failure, read = None, len(keys)
         try:
             batch_load_block(*self._transfer(keys, chunks))
         except OSError as error:
-            failure, loaded = error, getattr(error, "num_succeeded", 0)
-        for index, (key, chunk) in enumerate(zip(keys[:loaded], chunks, strict=False)):
-            content, seal = self._chunk(chunk)
-            if seal != _seal(key, content):
-                path = self.file_mapper.get_file_name(key)
-                logger.warning("sparsekv: %s is damaged; removed, its tokens are computed", path)
-                with suppress(OSError):
-                    os.remove(path)
-                failure, loaded = OSError(f"{path} is damaged"), index
-                break
+            failure, read = error, getattr(error, "num_succeeded", 0)
+        damaged = [i for i in range(read) if not self._is_sealed(keys[i], chunks[i])]
+        for path in (self.file_mapper.get_file_name(keys[i]) for i in damaged):
+            logger.warning("sparsekv: %s is damaged and removed, its tokens are computed", path)
+            with suppress(OSError):
+                os.remove(path)
+        if damaged:
+            failure = OSError(f"{len(damaged)} damaged files")
         if failure is not None:
-            self._load_progress[job_id] = loaded
+            self._load_progress[job_id] = min([*damaged, read])
             raise failure
+
+    def _is_sealed(self, key: OffloadKey, chunk: int) -> bool:
+        content, seal = self._chunk(chunk)
+        return seal == _seal(key, content)
 
     def _transfer(
         self, keys: list[OffloadKey], chunks: np.ndarray
