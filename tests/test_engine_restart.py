@@ -56,7 +56,7 @@ def answers(model: Path, folder: Path, ranks: int) -> Iterator[list[tuple[int, d
         log.open("w") as errors,
         subprocess.Popen(
             [sys.executable, "-c", CODE, json.dumps([options, prompt()])],
-            env=os.environ | {"PYTHONPATH": path},
+            env=os.environ | {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,
