@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import psutil
 import pytest
 from test_engine_transfer import CACHED, SETTINGS, prompt
 
@@ -34,7 +34,6 @@ with engine(skip_tokenizer_init=True, **options) as llm:
 @contextmanager
 def answers(model: Path, folder: Path, ranks: int) -> Iterator[list[tuple[int, dict[str, float]]]]:
     """Cached tokens and log-probabilities of a prompt asked twice, by an engine that is killed."""
-    engine_id = f"sparsekv-{os.getpid()}-{ranks}"
     files = {"type": "fs", "root_dir": str(folder), "n_read_threads": 1, "n_write_threads": 1}
     options: dict[str, Any] = {
         "settings": SETTINGS,
@@ -46,12 +45,11 @@ def answers(model: Path, folder: Path, ranks: int) -> Iterator[list[tuple[int, d
         "kv_transfer_config": {
             "kv_connector": "OffloadingConnector",
             "kv_role": "kv_both",
-            "engine_id": engine_id,
             "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [files]},
         },
     }
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])])
-    log = folder.parent / f"{engine_id}.log"
+    log = folder.parent / "log.txt"
     with (
         log.open("w") as errors,
         subprocess.Popen(
@@ -61,7 +59,6 @@ def answers(model: Path, folder: Path, ranks: int) -> Iterator[list[tuple[int, d
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            start_new_session=True,
         ) as process,
     ):
         try:
@@ -70,9 +67,18 @@ def answers(model: Path, folder: Path, ranks: int) -> Iterator[list[tuple[int, d
             assert len(found) == 2, log.read_text()[-4000:]
             yield found
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
-            # vLLM does not take it away from the killed.
-            Path(f"/dev/shm/vllm_offload_{engine_id}.mmap").unlink(missing_ok=True)
+            kill(process.pid)
+
+
+def kill(pid: int) -> None:
+    """A process and all it started, which leave their shared memory behind."""
+    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    shared = {Path(area.path) for process in tree for area in process.memory_maps()}
+    for process in tree:
+        process.kill()
+    for path in shared:
+        if path.parent == Path("/dev/shm"):
+            path.unlink(missing_ok=True)
 
 
 def wait_for_files(folder: Path, count: int) -> None:
