@@ -25,7 +25,7 @@ def serve(life: int, args: argparse.Namespace) -> None:
     """One engine from its start to its end; every question comes after the whole document."""
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
 
     slow_bfloat16 = torch.backends.cpu.get_cpu_capability() == "AVX2"
     start = time.perf_counter()
@@ -44,19 +44,29 @@ def serve(life: int, args: argparse.Namespace) -> None:
             },
         },
     )
+    try:
+        ask(llm, life, args, start)
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # a pool's process ends only when its children have
+
+
+def ask(llm, life: int, args: argparse.Namespace, start: float) -> None:
+    from vllm import SamplingParams
+
+    one_token = SamplingParams(temperature=0, max_tokens=1)
     tokenizer = llm.get_tokenizer()
     document = tokenizer.encode(args.document.read_text())[: args.tokens]
     # Another prompt of full length pays for what an engine does once.
-    other = {"prompt_token_ids": [life, *document[1:]]}
-    llm.generate(other, SamplingParams(max_tokens=1), use_tqdm=False)
-    print(f"engine {life}, started in {time.perf_counter() - start:.0f} s")
+    llm.generate({"prompt_token_ids": [life, *document[1:]]}, one_token, use_tqdm=False)
+    print(f"engine {life}, started in {time.perf_counter() - start:.0f} s", flush=True)
     for question in QUESTIONS:
         prompt = {"prompt_token_ids": document + tokenizer.encode(f"\n\nQuestion: {question}\n")}
         start = time.perf_counter()
-        [output] = llm.generate(prompt, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        [output] = llm.generate(prompt, one_token, use_tqdm=False)
         print(
-            f"  first token after {time.perf_counter() - start:.2f} s, "
-            f"{output.num_cached_tokens} of {len(output.prompt_token_ids)} tokens were cached"
+            f"  first token after {time.perf_counter() - start:.2f} s, {output.num_cached_tokens} "
+            f"of {len(output.prompt_token_ids)} tokens were cached",
+            flush=True,
         )
 
 
