@@ -194,6 +194,10 @@ def test_the_origin_follows_the_weights(tmp_path):
             {"module_path": "a.b"},
             "kv_connector='OffloadingConnector' of a.b: is not known to key pages by their",
         ),
+        (
+            {"name": "MultiConnector", "extra": {}},
+            "kv_connector_extra_config.connectors: must name the connectors of a MultiConnector",
+        ),
         ({"name": "Mine", "module_path": "a.b"}, "kv_connector='Mine' of a.b: is not known to"),
     ],
 )

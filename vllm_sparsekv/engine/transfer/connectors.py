@@ -125,7 +125,9 @@ def _check(name: str | None, module_path: str | None, extra: dict[str, Any]) -> 
     if name == "OffloadingConnector":
         _check_offloading(extra)
         return
-    for child in extra.get("connectors", []):
+    if not extra.get("connectors"):
+        raise ValueError(f"{_EXTRA}.connectors: must name the connectors of a MultiConnector")
+    for child in extra["connectors"]:
         _check(
             child.get("kv_connector"), child.get("kv_connector_module_path"), child.get(_EXTRA, {})
         )
