@@ -13,6 +13,7 @@ from vllm_sparsekv.engine.compat import (
     init_logger,
     lookahead_tokens,
 )
+from vllm_sparsekv.engine.transfer.connectors import check_connector, prepare_connector
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
 from vllm_sparsekv.kernels.api import check_environment
@@ -73,6 +74,7 @@ def admit(vllm_config: VllmConfig) -> None:
     cache = vllm_config.cache_config
     if model is None:
         return
+    check_connector(vllm_config)
     for what in unsupported(vllm_config):
         raise ValueError(
             f"attention_backend=sparsekv: {model.model} has {what}, which is not supported"
@@ -81,7 +83,7 @@ def admit(vllm_config: VllmConfig) -> None:
     if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
         raise ValueError(
             "disable_hybrid_kv_cache_manager=True: must be False with attention_backend=sparsekv, "
-            "pages and window are two cache groups; a KV connector without hybrid support sets it"
+            "pages and window are two cache groups"
         )
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE
@@ -105,6 +107,7 @@ def admit(vllm_config: VllmConfig) -> None:
     elif settings.basis_path is not None:
         found = _check_basis(settings.basis_path, settings.basis_sha256, model)
         _settle(vllm_config, basis_sha256=found.sha256)
+    prepare_connector(vllm_config, settings_of(vllm_config))
 
 
 def unsupported(vllm_config: VllmConfig) -> Iterator[str]:

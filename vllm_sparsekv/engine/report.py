@@ -47,6 +47,8 @@ def lines(vllm_config: VllmConfig, sparse: dict[str, Any], skipped: dict[str, An
         )
     if skipped:
         result.append(_skipped_line(vllm_config, owners, skipped))
+    if vllm_config.kv_transfer_config is not None:
+        result.append(_transfer_line(vllm_config, owners, skipped))
     return result
 
 
@@ -83,4 +85,20 @@ def _skipped_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str,
         f"sparsekv: {len(dense)} layers stay dense (skip_layers): a request of "
         f"{vllm_config.model_config.max_model_len} tokens takes about "
         f"{(pages + left) / (pages + instead):.2f}x the cache it takes without them"
+    )
+
+
+def _transfer_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str, Any]) -> str:
+    """What a token costs wherever pages are kept or moved to."""
+    dense = [layer for layer in skipped.values() if not layer.kv_sharing_target_layer_name]
+    left, stored = (
+        [(layer.num_kv_heads, layer_format(vllm_config, layer.head_size)) for layer in layers]
+        for layers in (dense, sparse)
+    )
+    unskipped = sum(heads * fmt.dense_token_bytes for heads, fmt in left)
+    total = unskipped + sum(heads * fmt.token_bytes for heads, fmt in stored)
+    without = unskipped + sum(heads * fmt.dense_token_bytes for heads, fmt in stored)
+    return (
+        f"sparsekv: {vllm_config.kv_transfer_config.kv_connector} keeps and moves {total} bytes "
+        f"per token against {without} dense ({without / total:.2f}x)"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,15 +45,38 @@ def model_identity(vllm_config: VllmConfig) -> list[str]:
     the commit.
     """
     model = vllm_config.model_config
-    identity = [
+    return [
         str(model.model),
         str(model.revision),
         str(model.quantization),
         model.hf_config.to_json_string(use_diff=False),
+        *weights_identity(vllm_config),
     ]
+
+
+def weights_identity(vllm_config: VllmConfig) -> list[str]:
+    """What tells weights from others of the same name."""
+    model = vllm_config.model_config
     if not Path(model.model).exists():
-        return [*identity, str(getattr(model.hf_config, "_commit_hash", None))]
-    return identity + [_content(file) for file in _weight_files(model.model)]
+        return [str(getattr(model.hf_config, "_commit_hash", None))]
+    return [_content(file) for file in _weight_files(model.model)]
+
+
+def model_configuration(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What the model's configuration says of what it computes."""
+    model = vllm_config.model_config
+    text = model.hf_config.to_json_string(use_diff=False)
+    configuration = json.loads(text)
+    for name in ("_name_or_path", "transformers_version"):
+        configuration.pop(name, None)
+    if '"longrope"' in text:  # keys then depend on how many positions are served
+        configuration["max_model_len"] = model.max_model_len
+    return configuration
+
+
+def settle_connector(vllm_config: VllmConfig) -> None:
+    """Have vLLM turn ``--kv-offloading-size`` into a KV connector now; later it does so again."""
+    vllm_config._post_init_kv_transfer_config()
 
 
 def has_weights(vllm_config: VllmConfig) -> bool:

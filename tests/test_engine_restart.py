@@ -1,0 +1,112 @@
+"""Prefixes survive the processes that computed them: two ranks, killed while they store."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import models
+import psutil
+import pytest
+from test_engine_transfer import CACHED, SETTINGS, prompt
+
+CODE = """
+import json, sys
+from engines import engine, first_logprobs, generate
+
+options, prompt = json.loads(sys.argv[1])
+with engine(skip_tokenizer_init=True, **options) as llm:
+    for _ in range(2):
+        (output,) = generate(llm, [prompt], 1, logprobs=20)
+        print("ANSWER", json.dumps([output.num_cached_tokens, first_logprobs(output)]), flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def answers(model: Path, folder: Path, ranks: int) -> Iterator[list[tuple[int, dict[str, float]]]]:
+    """Cached tokens and log-probabilities of a prompt asked twice, by an engine that is killed."""
+    files = {"type": "fs", "root_dir": str(folder), "n_read_threads": 1, "n_write_threads": 1}
+    options: dict[str, Any] = {
+        "settings": SETTINGS,
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "kv_cache_memory_bytes": 1 << 26,
+        "tensor_parallel_size": ranks,
+        "kv_transfer_config": {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [files]},
+        },
+    }
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])])
+    log = folder.parent / "log.txt"
+    with (
+        log.open("w") as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", CODE, json.dumps([options, prompt()])],
+            env=os.environ | {"PYTHONPATH": path, "VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as process,
+    ):
+        try:
+            lines = (line for line in process.stdout if line.startswith("ANSWER"))
+            found = [tuple(json.loads(line[len("ANSWER") :])) for line in islice(lines, 2)]
+            assert len(found) == 2, log.read_text()[-4000:]
+            yield found
+        finally:
+            kill(process.pid)
+
+
+def kill(pid: int) -> None:
+    """A process and all it started, which leave their shared memory behind."""
+    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    shared = {Path(area.path) for process in tree for area in process.memory_maps()}
+    for process in tree:
+        process.kill()
+    for path in shared:
+        if path.parent == Path("/dev/shm"):
+            path.unlink(missing_ok=True)
+
+
+def wait_for_files(folder: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while len(list(folder.rglob("*.bin"))) < count:
+        assert time.monotonic() < deadline, "pages were not written"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.build("llama", tmp_path_factory.mktemp("llama"))
+
+
+def test_two_ranks_that_were_killed(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    with answers(model, folder, 2) as ((cold, _), (hit, expected)):
+        wait_for_files(folder, CACHED // 64)
+    assert (cold, hit) == (0, CACHED)
+    # Of a write that was cut short.
+    (written, *_) = sorted(folder.rglob("*.bin"))
+    written.with_suffix(".bin_1.tmp").write_bytes(written.read_bytes()[:100])
+    with answers(model, folder, 2) as ((restored, actual), _):
+        pass
+    assert restored == CACHED
+    assert actual.keys() == expected.keys()
+    assert max(abs(actual[token] - expected[token]) for token in expected) <= 1e-5
+    with answers(model, folder, 1) as ((other, _), _):
+        pass
+    assert other == 0, "one rank does not read halves"
