@@ -12,7 +12,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model gemma print-model demo test lint bench-engine bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test lint wheel bench-engine bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make demo          generate with the dense and the sparse cache, side by side"
 	@echo "make test          run the tests"
 	@echo "make lint          check style"
+	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
 	@echo "make bench-engine  measure the engine, dense against sparse"
 	@echo "make bench-kernels  measure the CPU kernels against vLLM's dense CPU attention"
 	@echo "make bench-accuracy  measure what every cache costs in quality, on held-out texts"
@@ -70,6 +71,17 @@ test: $(SETUP) model
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# With a compiler it fits this platform and the kernels serve the torch of .venv; without, any.
+PREBUILT := kernels/cpu/prebuilt
+wheel: $(SETUP)
+	rm -rf $(PREBUILT) build/lib
+	if $(BIN)/python -m vllm_sparsekv.kernels.cpu.build $(PREBUILT); then \
+		platform=$$($(BIN)/python -c 'import sysconfig as s; print(s.get_platform())'); \
+	fi; \
+	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist \
+		$${platform:+-C--build-option=--plat-name=$$platform}; \
+	status=$$?; rm -rf $(PREBUILT); exit $$status
 
 bench-engine: $(SETUP) model
 	$(BIN)/python benchmarks/engine.py

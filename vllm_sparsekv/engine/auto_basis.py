@@ -70,8 +70,8 @@ def find_or_calibrate(vllm_config: VllmConfig, tokens: int) -> BasisFile:
         CannotCalibrate: there is none and none can be made.
     """
     context = _context(vllm_config)
-    path = cache_dir() / "basis" / f"{_key(vllm_config, context, tokens)}.safetensors"
     try:
+        path = cache_dir() / "basis" / f"{_key(vllm_config, context, tokens)}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
