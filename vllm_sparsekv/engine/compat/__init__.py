@@ -59,6 +59,12 @@ from vllm_sparsekv.engine.compat.offline import (
     read_prompts,
     write_tokens,
 )
+from vllm_sparsekv.engine.compat.planning import (
+    build_without_weights,
+    engine_config,
+    plan_cache,
+    single_worker,
+)
 
 __all__ = [
     "VLLM_VERSION",
@@ -76,9 +82,11 @@ __all__ = [
     "MultipleOf",
     "VllmConfig",
     "attention_layers",
+    "build_without_weights",
     "changed_options",
     "check_version",
     "engine_arguments",
+    "engine_config",
     "first_token",
     "forget_cache_dtype_of_checkpoint",
     "get_tensor_model_parallel_rank",
@@ -93,12 +101,14 @@ __all__ = [
     "offline_engine",
     "output_projection",
     "parse_engine_options",
+    "plan_cache",
     "platform_backend",
     "read_prompts",
     "register_backend_member",
     "register_before",
     "register_ring",
     "replace_backend",
+    "single_worker",
     "state_pages",
     "watch_config",
     "watch_engine_arguments",
