@@ -111,9 +111,7 @@ def build(folder: Path) -> Path:
         BuildError: there is no compiler or it failed.
         OSError: the folder cannot be used, or others could put something there.
     """
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_private(folder)
-    if found := find(folder):
+    if found := find(usable(folder)):
         return found
     with open(folder / "lock", "w", opener=_open_private) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -125,6 +123,17 @@ def build(folder: Path) -> Path:
             built = _compile(compiler(), Path(scratch))
             built.chmod(0o600)
             return built.replace(folder / f"kernels-{key()}-{_sha256(built)}.so")
+
+
+def usable(folder: Path) -> Path:
+    """The folder, made if need be.
+
+    Raises:
+        OSError: it cannot be made, or others could put something there.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_private(folder)
+    return folder
 
 
 def find(folder: Path) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     args = parser.parse_args(arguments)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    logging.lastResort.setLevel(logging.ERROR)  # which vLLM's loggers use until it sets them up
     try:
         module, _ = COMMANDS[args.command]
         importlib.import_module(f"vllm_sparsekv.engine.{module}").main(args.arguments)

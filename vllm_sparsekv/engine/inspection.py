@@ -187,7 +187,19 @@ def describe(found: Inspection) -> str:
         lines.append(f"  {found.states} layers with a state, which stays vLLM's")
     lines += ["", f"calibration: {found.calibration or 'none yet, the first start makes it'}", ""]
     dense = found.caches[0].tokens
-    rows = [("preset", "bytes/token", "ratio", "block", "window", "ring bytes", "tokens", "", "")]
+    rows = [
+        (
+            "preset",
+            "bytes/token",
+            "ratio",
+            "block",
+            "window",
+            "ring bytes",
+            "tokens",
+            "vs dense",
+            "stored",
+        )
+    ]
     for cache in found.caches:
         more = f"{cache.tokens / dense:.2f}x" if cache.tokens and dense else ""
         rows.append(
@@ -205,7 +217,7 @@ def describe(found: Inspection) -> str:
         )
     lines += [aligned(rows, left=(0, 8)), ""]
     lines.append(
-        f"* the default. Bytes of all layers, without the window; ring bytes are a request's; "
+        f"* the default. Bytes of all layers, without the window; ring bytes of a request; "
         f"tokens in {found.memory / GIB:g} GiB."
     )
     if any(cache.tokens is None for cache in found.caches):

@@ -61,6 +61,7 @@ from vllm_sparsekv.engine.compat.offline import (
 )
 from vllm_sparsekv.engine.compat.planning import (
     build_without_weights,
+    current_device,
     engine_config,
     plan_cache,
     single_worker,
@@ -85,6 +86,7 @@ __all__ = [
     "build_without_weights",
     "changed_options",
     "check_version",
+    "current_device",
     "engine_arguments",
     "engine_config",
     "first_token",

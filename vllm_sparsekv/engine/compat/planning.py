@@ -25,6 +25,12 @@ except ImportError:
     from vllm.v1.core import kv_cache_utils
 
 
+def current_device() -> tuple[str, tuple[int, int] | None]:
+    """The type of device vLLM runs on here, and a GPU's compute capability."""
+    capability = current_platform.get_device_capability()
+    return current_platform.device_type, None if capability is None else tuple(capability)
+
+
 def engine_config(options: dict[str, Any]) -> VllmConfig:
     """The configuration of an engine with these options of vLLM's.
 
