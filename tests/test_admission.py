@@ -30,7 +30,12 @@ LLAMA = json.loads((MODEL / "config.json").read_text())
 
 def configure(model: Path = MODEL, **options: Any) -> Any:
     """vLLM's configuration of an engine with sparse pages, as ``LLM()`` would build it."""
-    options = {"max_model_len": 1024, "attention_backend": "sparsekv"} | options
+    uncalibrated = {"sparsekv": {"basis": "none"}}
+    options = {
+        "max_model_len": 1024,
+        "attention_backend": "sparsekv",
+        "additional_config": uncalibrated,
+    } | options
     return EngineArgs(model=str(model), skip_tokenizer_init=True, **options).create_engine_config()
 
 

@@ -31,9 +31,6 @@ import torch
 logger = logging.getLogger("vllm.sparsekv.kernels")
 
 KERNELS = Path(__file__).parent.parent
-PREBUILT = Path(__file__).parent / "prebuilt"
-"""What a wheel brings along; trusted as the code beside it is."""
-
 SOURCES = ("attention/cpu.cpp", "pack/cpu.cpp", "step/cpu.cpp", "window/cpu.cpp")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
 
@@ -55,6 +52,9 @@ _CPU_FLAGS = {
     "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm"},
     "portable": set(),
 }
+
+PREBUILT = Path(__file__).parent / "prebuilt"
+"""What a wheel brings along; trusted as the code beside it is."""
 
 
 class BuildError(RuntimeError):

@@ -32,14 +32,15 @@ def current_device() -> tuple[str, tuple[int, int] | None]:
 
 
 def engine_config(options: dict[str, Any]) -> VllmConfig:
-    """The configuration of an engine with these options of vLLM's.
+    """The configuration of a server's engine with these options of vLLM's.
 
     Raises:
         ValueError: vLLM or this package refuses it.
     """
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
-    return EngineArgs(**options).create_engine_config()
+    return EngineArgs(**options).create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 @contextmanager
