@@ -327,16 +327,19 @@ def test_instructions_stay_in_their_functions(built_together):
     isa = "portable"
     for line in listing.splitlines():
         if function := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            isa = next((name for name in ("avx512", "avx2") if name in function[1]), "portable")
+            isa = next((name for name in build.ISA_FLAGS if name in function[1]), "portable")
+        elif "%tmm" in line:
+            found["amx"] += 1
+            assert isa == "amx", line
         elif re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]", line):
             found["avx512"] += 1
-            assert isa == "avx512", line
+            assert isa in ("amx", "avx512"), line
         elif re.search(
             r"%ymm|\tv[a-z0-9]+ |\t(popcnt|lzcnt|tzcnt|pdep|pext|shlx|sarx|shrx) ", line
         ):
             found["avx2"] += 1
             assert isa != "portable", line
-    assert found["avx512"] > 1000 and found["avx2"] > 1000
+    assert found["avx512"] > 1000 and found["avx2"] > 1000 and found["amx"] > 10
 
 
 @pytest.mark.parametrize("isa", build.ISA_FLAGS)
