@@ -12,7 +12,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model gemma print-model demo test lint bench-engine bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test test-unit lint wheel bench-engine bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,7 +22,9 @@ help:
 	@echo "make print-model   print the demo model's folder"
 	@echo "make demo          generate with the dense and the sparse cache, side by side"
 	@echo "make test          run the tests"
+	@echo "make test-unit     run the tests that start no engine"
 	@echo "make lint          check style"
+	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
 	@echo "make bench-engine  measure the engine, dense against sparse"
 	@echo "make bench-kernels  measure the CPU kernels against vLLM's dense CPU attention"
 	@echo "make bench-accuracy  measure what every cache costs in quality, on held-out texts"
@@ -67,9 +69,23 @@ demo: $(SETUP) model
 test: $(SETUP) model
 	$(BIN)/pytest -n auto --dist loadfile tests
 
+test-unit: $(SETUP) model
+	$(BIN)/pytest -n auto --dist loadfile -m "not engine" tests
+
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# With a compiler it fits this platform and the kernels serve the torch of .venv; without, any.
+PREBUILT := kernels/cpu/prebuilt
+wheel: $(SETUP)
+	rm -rf $(PREBUILT) build/lib
+	if $(BIN)/python -m vllm_sparsekv.kernels.cpu.build $(PREBUILT); then \
+		platform=$$($(BIN)/python -c 'import sysconfig as s; print(s.get_platform())'); \
+	fi; \
+	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist \
+		$${platform:+-C--build-option=--plat-name=$$platform}; \
+	status=$$?; rm -rf $(PREBUILT); exit $$status
 
 bench-engine: $(SETUP) model
 	$(BIN)/python benchmarks/engine.py
@@ -112,5 +128,5 @@ bench-gpu: $(GPU_PATH)
 
 clean:
 	rm -rf build dist *.egg-info requirements/vllm-metadata/build requirements/vllm-metadata/*.egg-info
-	rm -rf .pytest_cache .ruff_cache
+	rm -rf .pytest_cache .ruff_cache $(PREBUILT)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

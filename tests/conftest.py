@@ -22,6 +22,13 @@ def pytest_configure() -> None:
         os.sched_setaffinity(0, cores[index % len(cores) :: count])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts engines, for seconds to minutes each; ``make test-unit`` leaves it out."""
+    for item in items:
+        if item.path.name.startswith(("test_engine_", "test_serve")):
+            item.add_marker("engine")
+
+
 @pytest.fixture(scope="module")
 def one_torch_thread() -> Iterator[None]:
     """For tests on small tensors, where waiting for a second thread costs ten times the work."""

@@ -17,17 +17,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models import ModelRegistry
-from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.attention.backends.mamba2_attn import Mamba2AttentionBackend
-from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig, MambaSpec
-from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
-try:  # vLLM 0.33
-    from vllm.v1.core import kv_cache_planning as kv_cache_utils
-except ImportError:
-    from vllm.v1.core import kv_cache_utils
+from vllm_sparsekv.engine.compat import plan_cache
 
 
 class Plan(NamedTuple):
@@ -126,10 +120,4 @@ class StateLayer(torch.nn.Module, AttentionLayerBase):
 
 def plan(config: Any, memory: int = 1 << 34) -> Plan:
     """Prepare the layers that were built and plan their cache."""
-    current_platform.update_block_size_for_backend(config)
-    config.cache_config.kv_cache_layout = "LBHNC"
-    specs = get_kv_cache_spec(config)
-    together = getattr(kv_cache_utils, "get_global_kv_cache_groups", None)
-    grouped = [together(config, [specs])] if together else []
-    (groups,) = kv_cache_utils.get_kv_cache_configs(config, [specs], [memory], *grouped)
-    return Plan(config, groups, get_kv_cache_capacity(config, groups)[0])
+    return Plan(config, *plan_cache(config, memory))

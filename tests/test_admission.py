@@ -22,13 +22,20 @@ from vllm_sparsekv.engine.backend import SparseKVBackend
 from vllm_sparsekv.engine.compat import check_version
 from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import write_basis
+from vllm_sparsekv.kernels import api
+from vllm_sparsekv.kernels.cpu import build
 
 LLAMA = json.loads((MODEL / "config.json").read_text())
 
 
 def configure(model: Path = MODEL, **options: Any) -> Any:
     """vLLM's configuration of an engine with sparse pages, as ``LLM()`` would build it."""
-    options = {"max_model_len": 1024, "attention_backend": "sparsekv"} | options
+    uncalibrated = {"sparsekv": {"basis": "none"}}
+    options = {
+        "max_model_len": 1024,
+        "attention_backend": "sparsekv",
+        "additional_config": uncalibrated,
+    } | options
     return EngineArgs(model=str(model), skip_tokenizer_init=True, **options).create_engine_config()
 
 
@@ -211,6 +218,16 @@ def test_what_workers_read_is_checked_before_they_start(monkeypatch: Any) -> Non
     wanted = r"SPARSEKV_KERNELS='foo': must be one of \['reference', 'native'\]"
     with pytest.raises(ValueError, match=wanted):
         configure()
+
+
+def test_native_kernels_that_cannot_be_had_are_refused(monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("SPARSEKV_KERNELS", "native")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    build.library.cache_clear()
+    api.implementation.cache_clear()
+    with pytest.raises(build.BuildError, match="no-such-compiler"):
+        configure(additional_config={"sparsekv": {"basis": "none"}})
 
 
 def test_a_window_longer_than_any_request_is_cut() -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import itertools
 import logging
 import os
+import pwd
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -70,10 +75,215 @@ def test_without_a_compiler_native_kernels_on_request_raise(no_compiler, monkeyp
         api.implementation("cpu")
 
 
-def test_a_failing_compiler_is_quoted(no_compiler, monkeypatch):
-    monkeypatch.setenv("CXX", "false")
-    with pytest.raises(build.BuildError, match="false .*failed"):
-        build.build()
+SHELL = shutil.which("sh")
+BROKEN_COMPILERS = {
+    "no-such-compiler g++": "no C++ compiler found (looked for no-such-compiler; set CXX)",
+    "g++ '-m64": 'CXX="g++ \'-m64": No closing quotation',
+    "true": "/0.o failed: it wrote nothing",
+    "sh -c 'echo a.cpp: error: no; echo b >&2; exit 1'": " failed: b",
+    "sh -c 'echo b >&2; echo a: error: no >&2; echo c >&2; exit 1'": " failed: a: error: no",
+}
+
+
+@pytest.mark.parametrize("command", BROKEN_COMPILERS)
+def test_a_broken_compiler_is_said_in_one_line(command, no_compiler, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(build.BuildError) as error:
+        build.library()
+    assert BROKEN_COMPILERS[command] in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+    assert os.listdir(tmp_path / "vllm_sparsekv" / "kernels") == ["lock"]
+
+
+def test_what_is_no_program_is_no_compiler(no_compiler, monkeypatch, tmp_path):
+    program = tmp_path / "compiler"
+    program.write_bytes(b"\0")
+    program.chmod(0o700)
+    monkeypatch.setenv("CXX", str(program))
+    with pytest.raises(build.BuildError, match=f"compiler cannot be run: .*Exec format.*{program}"):
+        build.library()
+
+
+@pytest.mark.parametrize("options", [[], ["-m64", "-DNAME=a b"]])
+def test_the_compiler_is_split_as_shells_do(options, monkeypatch):
+    monkeypatch.setenv("CXX", " ".join(["sh", *(f"'{option}'" for option in options)]))
+    assert build.compiler() == [SHELL, *options]
+
+
+@pytest.fixture
+def own_cache(monkeypatch, tmp_path, fresh_choice):
+    """An empty cache folder, and a compiler that takes no time: it copies the library."""
+    ready = build.find(build.cache_dir() / "kernels") or Path(build.library()._name)
+    script = tmp_path / "compiler.sh"
+    script.write_text(
+        f'for out; do :; done; touch "$out"; case "$*" in *-shared*)'
+        f' cp {ready} "$out"; echo >> {tmp_path}/compiled ;; esac'
+    )
+    monkeypatch.setenv("CXX", f"sh {script} -x")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    build.library.cache_clear()
+    yield tmp_path / "cache" / "vllm_sparsekv" / "kernels"
+    monkeypatch.undo()
+    build.library.cache_clear()
+    ops.use_isa(None)
+
+
+def compiled(folder):
+    """How often the compiler ran."""
+    log = folder.parents[2] / "compiled"
+    return len(log.read_text()) if log.exists() else 0
+
+
+def load_again(caplog):
+    """The folder the library is loaded from, and what was warned of."""
+    build.library.cache_clear()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="vllm.sparsekv.kernels"):
+        library = build.library()
+    assert hasattr(library, "sparsekv_pack_portable")
+    return Path(library._name).parent, [record.getMessage() for record in caplog.records]
+
+
+def test_a_library_is_found_without_a_compiler(own_cache, caplog, monkeypatch):
+    assert load_again(caplog) == (own_cache, []) and compiled(own_cache) == 1
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert load_again(caplog) == (own_cache, []) and compiled(own_cache) == 1
+
+
+def test_what_is_kept_is_for_its_owner_alone(own_cache):
+    before = os.umask(0o002)
+    try:
+        build.library()
+    finally:
+        os.umask(before)
+    modes = {path.suffix: path.stat().st_mode & 0o777 for path in own_cache.iterdir()}
+    assert modes == {".so": 0o600, "": 0o600} and own_cache.stat().st_mode & 0o777 == 0o700
+
+
+def chown(path):
+    if os.geteuid():
+        pytest.skip("only root can give files away")
+    os.chown(path, 12345, -1)
+
+
+SPOILT = {
+    "truncated": lambda path: os.truncate(path, 5000),
+    "emptied": lambda path: os.truncate(path, 0),
+    "another's content": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+    "writable by others": lambda path: path.chmod(0o666),
+    "writable by the group": lambda path: path.chmod(0o620),
+    "another user's": chown,
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_library_that_is_not_what_was_built_is_compiled_again(how, own_cache, caplog):
+    path = build.build(own_cache)
+    content = path.read_bytes()
+    SPOILT[how](path)
+    folder, warnings = load_again(caplog)
+    assert folder == own_cache and compiled(own_cache) == 2
+    assert warnings == [f"sparsekv: {path} is damaged or not ours, removed"]
+    assert [found.read_bytes() for found in own_cache.glob("*.so")] == [content]
+    assert load_again(caplog) == (own_cache, []) and compiled(own_cache) == 2
+
+
+UNSAFE = {
+    "writable by others": lambda path: path.chmod(0o777),
+    "another user's": chown,
+}
+
+
+@pytest.mark.parametrize("how", UNSAFE)
+@pytest.mark.parametrize("what", [".", "lock"])
+def test_a_folder_others_have_a_hand_in_is_not_used(what, how, own_cache, caplog):
+    own_cache.mkdir(parents=True, mode=0o700)
+    (own_cache / "lock").touch(mode=0o600)
+    UNSAFE[how](own_cache / what)
+    folder, (warning,) = load_again(caplog)
+    assert folder.parent == Path(tempfile.gettempdir()) and compiled(own_cache) == 1
+    assert re.search("belongs to user 12345|can be written to by others .mode 777", warning)
+    assert os.listdir(own_cache) == ["lock"] and os.listdir(folder.parent) == []
+
+
+def file_in_its_place(own_cache, monkeypatch):
+    own_cache.parent.parent.mkdir()
+    own_cache.parent.touch()
+
+
+def no_such_disk(own_cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+
+
+def no_home(own_cache, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+
+
+def link_for_a_lock(own_cache, monkeypatch):
+    own_cache.mkdir(parents=True, mode=0o700)
+    (own_cache / "lock").symlink_to(own_cache / "elsewhere")
+
+
+@pytest.mark.parametrize("spoil", [file_in_its_place, no_such_disk, no_home, link_for_a_lock])
+def test_without_a_cache_folder_one_warning_and_nothing_left(spoil, own_cache, monkeypatch, caplog):
+    spoil(own_cache, monkeypatch)
+    folder, warnings = load_again(caplog)
+    assert folder.parent == Path(tempfile.gettempdir()) and os.listdir(folder.parent) == []
+    assert len(warnings) == 1 and "compiled at every start" in warnings[0]
+
+
+def test_nowhere_to_compile_is_a_build_error(own_cache, monkeypatch):
+    no_such_disk(own_cache, monkeypatch)
+    monkeypatch.setattr(tempfile, "tempdir", "/proc/none")
+    with pytest.raises(build.BuildError, match="can be kept nowhere: .*/proc/none"):
+        build.library()
+
+
+def test_a_killed_build_leaves_nothing_to_the_next(own_cache):
+    script = own_cache.parents[2] / "slow.sh"
+    script.write_text('mktemp; for out; do :; done; touch "$out"; exec sleep 60')
+    code = "from vllm_sparsekv.kernels.cpu import build; build.library()"
+    killed = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | {"CXX": f"sh {script}"},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while len(list(own_cache.glob("*/*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    assert list(own_cache.glob("*/0.o")) and list(own_cache.glob("*/tmp.*"))
+    build.library()
+    assert sorted(path.suffix for path in own_cache.iterdir()) == ["", ".so"]
+
+
+def test_a_library_of_the_wheel_comes_first(own_cache, monkeypatch, caplog):
+    shipped = own_cache.parents[2] / "prebuilt"
+    path = build.build(shipped)
+    path.chmod(0o644)
+    monkeypatch.setattr(build, "PREBUILT", shipped)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert load_again(caplog) == (shipped, []) and not own_cache.exists()
+    path.rename(path.with_stem(path.stem[:-1] + "g"))
+    with pytest.raises(build.BuildError, match="no-such-compiler"):
+        load_again(caplog)
+
+
+def test_a_library_of_the_wheel_that_does_not_load_is_said(own_cache, monkeypatch, caplog):
+    content = b"not for this machine"
+    shipped = own_cache.parents[2] / "prebuilt"
+    shipped.mkdir()
+    digest = hashlib.sha256(content).hexdigest()
+    (shipped / f"kernels-{build.key()}-{digest}.so").write_bytes(content)
+    monkeypatch.setattr(build, "PREBUILT", shipped)
+    folder, (warning,) = load_again(caplog)
+    assert folder == own_cache and "of the wheel do not load" in warning
 
 
 def test_unsupported_instruction_set_is_refused():
@@ -89,11 +299,11 @@ def built_together(tmp_path_factory):
     environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
     processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
-    return cache / "vllm_sparsekv"
+    return cache / "vllm_sparsekv" / "kernels"
 
 
 def test_processes_build_once(built_together):
-    assert sorted(path.suffix for path in built_together.iterdir()) == [".lock", ".so"]
+    assert sorted(path.suffix for path in built_together.iterdir()) == ["", ".so"]
 
 
 def test_one_library_holds_every_instruction_set(built_together):
@@ -117,16 +327,19 @@ def test_instructions_stay_in_their_functions(built_together):
     isa = "portable"
     for line in listing.splitlines():
         if function := re.match(r"[0-9a-f]+ <(.*)>:$", line):
-            isa = next((name for name in ("avx512", "avx2") if name in function[1]), "portable")
+            isa = next((name for name in build.ISA_FLAGS if name in function[1]), "portable")
+        elif "%tmm" in line:
+            found["amx"] += 1
+            assert isa == "amx", line
         elif re.search(r"%zmm|%[xy]mm(1[6-9]|2\d|3[01])\b|%k[0-7]", line):
             found["avx512"] += 1
-            assert isa == "avx512", line
+            assert isa in ("amx", "avx512"), line
         elif re.search(
             r"%ymm|\tv[a-z0-9]+ |\t(popcnt|lzcnt|tzcnt|pdep|pext|shlx|sarx|shrx) ", line
         ):
             found["avx2"] += 1
             assert isa != "portable", line
-    assert found["avx512"] > 1000 and found["avx2"] > 1000
+    assert found["avx512"] > 1000 and found["avx2"] > 1000 and found["amx"] > 10
 
 
 @pytest.mark.parametrize("isa", build.ISA_FLAGS)

@@ -49,13 +49,21 @@ def test_version_and_entry_point():
     assert PROJECT["project"]["version"] == vllm_sparsekv.__version__
     assert metadata.version("vllm-sparsekv") == vllm_sparsekv.__version__
     points = metadata.entry_points(group="vllm.general_plugins", name="sparsekv")
-    assert [point.value for point in points] == ["vllm_sparsekv.engine.plugin:register"]
+    assert {point.value for point in points} == {"vllm_sparsekv.engine.plugin:register"}
+
+
+def test_vllm_plugins_takes_the_name_of_the_package_too():
+    points = PROJECT["project"]["entry-points"]["vllm.general_plugins"]
+    names = ("sparsekv", "vllm_sparsekv")
+    assert points == dict.fromkeys(names, "vllm_sparsekv.engine.plugin:register")
 
 
 def test_commands_exist():
-    (target,) = PROJECT["project"]["scripts"].values()
-    module, _, function = target.partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    scripts = PROJECT["project"]["scripts"]
+    assert list(scripts) == ["sparsekv", "sparsekv-calibrate"]
+    for target in scripts.values():
+        module, _, function = target.partition(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_wheel_holds_every_source_file(tmp_path):
@@ -66,6 +74,8 @@ def test_wheel_holds_every_source_file(tmp_path):
     for name in ("pyproject.toml", "LICENSE"):
         shutil.copy(ROOT / name, source)
     (source / PROJECT["project"]["readme"]).touch()
+    (source / "kernels" / "cpu" / "prebuilt").mkdir()
+    (source / "kernels" / "cpu" / "prebuilt" / "kernels-key-digest.so").touch()
     build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
     subprocess.run(
         [sys.executable, "-c", build, str(tmp_path)],

@@ -18,6 +18,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm_sparsekv.engine import report
 from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVImpl
 from vllm_sparsekv.engine.window import RingSpec, WindowLayer
+from vllm_sparsekv.kernels import api
 
 SPARSE: dict[str, Any] = {
     "attention_backend": "sparsekv",
@@ -368,3 +369,13 @@ def test_options_that_change_nothing_are_accepted(options, refused):
     (name,) = options
     with pytest.raises(ValueError, match=f"{name}=.*not supported by attention_backend=sparsekv"):
         SparseKVImpl(4, 64, 0.125, **options)
+
+
+def test_kernels_are_there_before_the_first_request(tmp_path: Path) -> None:
+    config = configure(tmp_path, LLAMA_8B, **SPARSE)
+    build_layers(config, {0: Layer()})
+    api.implementation.cache_clear()
+    plan(config)
+    assert api.implementation.cache_info().misses == 1
+    api.implementation("cpu")
+    assert api.implementation.cache_info().misses == 1

@@ -98,12 +98,15 @@ def test_step(spec, isa, layer, case):
     assert (out[tokens:] == 12345).all()
 
     eps = torch.finfo(spec.dtype).eps
+    sums = 16 if spec.dtype == torch.float32 else 1  # of rounding, which a narrower type hides
     basis = layer.basis
     for rows, wanted in zip(
         kept, (basis.stored_key(case.key), basis.stored_value(case.value)), strict=True
     ):
         size = wanted[:tokens].abs().amax().item() if tokens else 0
-        torch.testing.assert_close(rows[:tokens], wanted[:tokens], rtol=2 * eps, atol=eps * size)
+        torch.testing.assert_close(
+            rows[:tokens], wanted[:tokens], rtol=2 * eps, atol=sums * eps * size
+        )
     by_hand = build_case(spec)
     by_hand.key[:tokens], by_hand.value[:tokens] = kept[0][:tokens], kept[1][:tokens]
     by_hand.write_step()

@@ -3,6 +3,8 @@
 // The k largest magnitudes are found without a sort: the bits of |x| order as integers, so a
 // bisection on them finds the k-th largest, counting the elements at or above each guess.
 
+#include <cmath>
+
 #include "../cpu/encode.h"
 #include "pack.h"
 
@@ -51,11 +53,15 @@ void select(const Bits* magnitude, int size, int survivors, uint8_t* kept) {
         }
 }
 
+// `nan` is the least magnitude of a NaN, which stands for all of them.
 template <class Bits>
-void select_row(const uint8_t* row, int size, int survivors, uint8_t* kept) {
+void select_row(const uint8_t* row, int size, int survivors, Bits nan, uint8_t* kept) {
     alignas(64) Bits magnitude[MAX_HEAD_SIZE];
     memcpy(magnitude, row, size * sizeof(Bits));
-    for (int i = 0; i < size; ++i) magnitude[i] &= static_cast<Bits>(static_cast<Bits>(~Bits(0)) >> 1);
+    for (int i = 0; i < size; ++i) {
+        magnitude[i] &= static_cast<Bits>(static_cast<Bits>(~Bits(0)) >> 1);
+        magnitude[i] = magnitude[i] < nan ? magnitude[i] : nan;
+    }
     select(magnitude, size, survivors, kept);
 }
 
@@ -64,11 +70,11 @@ void pack_row(
     const int size = layout.head_size;
     alignas(64) float x[MAX_HEAD_SIZE];
     decode_row(layout.storage, row, size, x);
-    for (int i = 0; i < size; ++i) x[i] += 0.f;  // -0 to 0
+    for (int i = 0; i < size; ++i) x[i] = x[i] == x[i] ? x[i] + 0.f : NAN;  // -0 to 0, and one NaN
     if (const int bitmap_bytes = layout.bitmap_bytes(vector)) {
         alignas(64) uint8_t kept[MAX_HEAD_SIZE];
-        if (layout.storage == FLOAT32) select_row<uint32_t>(row, size, vector.survivors, kept);
-        else select_row<uint16_t>(row, size, vector.survivors, kept);
+        if (layout.storage == FLOAT32) select_row<uint32_t>(row, size, vector.survivors, 0x7f800001, kept);
+        else select_row<uint16_t>(row, size, vector.survivors, layout.storage == FLOAT16 ? 0x7c01 : 0x7f81, kept);
         uint8_t* bitmap = section.bitmap + offset * bitmap_bytes;
         for (int i = 0; i < size; i += 8) {
             uint64_t flags;

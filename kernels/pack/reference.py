@@ -16,7 +16,7 @@ def survivor_mask(x: torch.Tensor, survivors: int) -> torch.Tensor:
     Magnitudes are compared as bit patterns, so Inf beats every number and NaN beats Inf.
 
     Args:
-        x: (..., D) floats.
+        x: (..., D) floats; of NaNs all bits count, so let them be the same.
         survivors: k, 0 < k <= D.
 
     Returns:
@@ -36,20 +36,23 @@ def pack_vectors(
     """Prune and encode vectors.
 
     Args:
-        x: (..., D) floats; a surviving -0.0 is stored as 0.
+        x: (..., D) floats; a surviving -0.0 is stored as 0, and there is but one NaN.
         fmt: format of these vectors.
 
     Returns:
         bitmaps (..., bitmap_bytes), values (..., value_bytes) and scales (..., scale_bytes), all
         uint8.
     """
+    x = x + 0.0
+    # Which NaN that leaves depends on the place in torch's loops.
+    x = x.masked_fill(x.isnan(), torch.nan)
     if fmt.survivors == fmt.head_size:
-        values, scales = fmt.codec.encode(x + 0.0)
+        values, scales = fmt.codec.encode(x)
         return values[..., :0], values, scales
     mask = survivor_mask(x, fmt.survivors)
     bit = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
     bitmap = (mask.unflatten(-1, (-1, 8)) * bit).sum(-1, dtype=torch.uint8)
-    values = x[mask].unflatten(0, (*x.shape[:-1], fmt.survivors)) + 0.0
+    values = x[mask].unflatten(0, (*x.shape[:-1], fmt.survivors))
     return bitmap, *fmt.codec.encode(values)
 
 

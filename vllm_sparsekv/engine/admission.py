@@ -16,7 +16,7 @@ from vllm_sparsekv.engine.compat import (
 from vllm_sparsekv.engine.transfer.connectors import check_connector, prepare_connector
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
-from vllm_sparsekv.kernels.api import check_environment
+from vllm_sparsekv.kernels.api import check_environment, implementation
 from vllm_sparsekv.settings import SETTING_NAMES, SparseKVConfig
 
 SETTINGS_KEY = "sparsekv"
@@ -68,6 +68,7 @@ def admit(vllm_config: VllmConfig) -> None:
 
     Raises:
         ValueError: names the field, the value and the valid set.
+        BuildError: ``SPARSEKV_KERNELS=native`` and they cannot be built.
     """
     settings = settings_of(vllm_config)
     model = vllm_config.model_config
@@ -98,7 +99,8 @@ def admit(vllm_config: VllmConfig) -> None:
             model.max_model_len,
         )
         _settle(vllm_config, window=model.max_model_len)
-    check_environment()
+    if check_environment() == "native":
+        implementation(vllm_config.device_config.device_type)
     layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
     _check_skip_layers(settings.skip_layers, vllm_config)
     if settings.basis == "auto" and settings.takes_basis:

@@ -69,9 +69,9 @@ def find_or_calibrate(vllm_config: VllmConfig, tokens: int) -> BasisFile:
     Raises:
         CannotCalibrate: there is none and none can be made.
     """
-    context = _context(vllm_config)
-    path = cache_dir() / "basis" / f"{_key(vllm_config, context, tokens)}.safetensors"
+    context = positions(vllm_config)
     try:
+        path = basis_path(vllm_config, context, tokens)
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
@@ -81,6 +81,15 @@ def find_or_calibrate(vllm_config: VllmConfig, tokens: int) -> BasisFile:
     file = BasisFile.open(path)
     logger.info("sparsekv: basis of %s: %s", file.model, path)
     return file
+
+
+def basis_path(vllm_config: VllmConfig, context: int, tokens: int) -> Path:
+    """Where a model's basis is kept, be it there or not.
+
+    Raises:
+        OSError: the user has no home.
+    """
+    return cache_dir() / "basis" / f"{_key(vllm_config, context, tokens)}.safetensors"
 
 
 def _calibrate(vllm_config: VllmConfig, context: int, tokens: int, path: Path) -> None:
@@ -123,7 +132,7 @@ def _calibrate(vllm_config: VllmConfig, context: int, tokens: int, path: Path) -
     logger.info("sparsekv: calibrated in %.0f s", time.monotonic() - start)
 
 
-def _context(vllm_config: VllmConfig) -> int:
+def positions(vllm_config: VllmConfig) -> int:
     """Positions to calibrate for: those served, up to a power of two, that the model has."""
     served = vllm_config.model_config.max_model_len
     return min(1 << (served - 1).bit_length(), max(served, largest_position(vllm_config)))

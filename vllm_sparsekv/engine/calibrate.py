@@ -12,6 +12,7 @@ are then those of keys at any position.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pickle
 import sys
@@ -158,6 +159,7 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     parser.add_argument(
         "--length", type=int, default=LENGTH, help=f"of one sample (default {LENGTH})"
     )
+    parser.add_argument("--json", action="store_true", help="for programs")
     args, rest = parser.parse_known_args(arguments)
     largest = args.tokens // len(args.text or [""])
     if not 1 < args.length <= largest:
@@ -177,9 +179,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:
         file = calibrate(options, args.output, None, args.text, args.tokens, args.length, progress)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         sys.exit(f"error: {error}")
-    print(f"{file.path}: {len(file.shapes)} layers")
+    if args.json:
+        written = {"path": str(file.path), "layers": len(file.shapes), "sha256": file.sha256}
+        print(json.dumps(written, indent=2))
+    else:
+        print(f"{file.path}: {len(file.shapes)} layers")
 
 
 def serve_standard_input() -> None:

@@ -28,6 +28,7 @@ from vllm_sparsekv.engine.window import WindowLayer
 from vllm_sparsekv.format.basis import Basis, kv_heads_of_rank
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
+from vllm_sparsekv.kernels.api import implementation
 
 
 def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> None:
@@ -38,6 +39,7 @@ def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> N
 
     Raises:
         ValueError: a layer needs what sparse pages do not support; names it.
+        BuildError: ``SPARSEKV_KERNELS=native`` and they cannot be built.
     """
     layers = sparse_layers(vllm_config)
     backends: dict[SparseFormat, type[SparseKVBackend]] = {}
@@ -56,6 +58,7 @@ def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> N
     leave_dense(vllm_config, skipped, sparse)
     _add_caches(vllm_config, sparse)
     report.log_layers(vllm_config, sparse, skipped)
+    implementation(vllm_config.device_config.device.type)  # compiled now, not for a first request
 
 
 def sparse_layers(vllm_config: VllmConfig) -> dict[str, Any]:

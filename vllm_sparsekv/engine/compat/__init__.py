@@ -62,6 +62,13 @@ from vllm_sparsekv.engine.compat.offline import (
     read_prompts,
     write_tokens,
 )
+from vllm_sparsekv.engine.compat.planning import (
+    build_without_weights,
+    current_device,
+    engine_config,
+    plan_cache,
+    single_worker,
+)
 
 __all__ = [
     "VLLM_VERSION",
@@ -79,9 +86,12 @@ __all__ = [
     "MultipleOf",
     "VllmConfig",
     "attention_layers",
+    "build_without_weights",
     "changed_options",
     "check_version",
+    "current_device",
     "engine_arguments",
+    "engine_config",
     "first_token",
     "forget_cache_dtype_of_checkpoint",
     "get_tensor_model_parallel_rank",
@@ -97,6 +107,7 @@ __all__ = [
     "offline_engine",
     "output_projection",
     "parse_engine_options",
+    "plan_cache",
     "platform_backend",
     "read_prompts",
     "register_backend_member",
@@ -104,6 +115,7 @@ __all__ = [
     "register_ring",
     "replace_backend",
     "settle_connector",
+    "single_worker",
     "state_pages",
     "watch_config",
     "watch_engine_arguments",

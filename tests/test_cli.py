@@ -1,0 +1,231 @@
+"""The ``sparsekv`` command: numbers, cures, and one line for whatever goes wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engines import MODEL
+from test_planning import GEMMA_27B
+
+from vllm_sparsekv.engine import calibrate, cli, doctor, inspection
+from vllm_sparsekv.engine.inspection import Cache, Inspection, Layers
+from vllm_sparsekv.kernels import api
+from vllm_sparsekv.kernels.cpu import build, ops
+
+
+@pytest.fixture
+def presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two that differ most, for time's sake."""
+    few = {name: inspection.PRESETS[name] for name in ("safe", "capacity")}
+    monkeypatch.setattr(inspection, "PRESETS", few)
+
+
+def test_inspect_says_what_vllm_will_plan(presets: None) -> None:
+    found = inspection.inspect({"model": str(MODEL), "max_model_len": 8192}, 1 << 30)
+    # 30 layers of 3 KV heads: keys and values of 64 elements, pruned ones with 8 bytes of bitmap.
+    # A ring page is as large as a sparse one, of 64 tokens, and holds as many slots as fit.
+    assert found == Inspection(
+        model=str(MODEL),
+        dtype="bfloat16",
+        max_model_len=8192,
+        memory=1 << 30,
+        layers=[Layers(30, None, 3, 64)],
+        sharing=0,
+        states=0,
+        calibration=found.calibration,
+        caches=[
+            Cache("dense", "bfloat16", 90 * 256, 1.0, 128, 0, 0, 46592),
+            Cache(
+                "safe",
+                "keys fp8 pruned by 50%, values int4",
+                90 * (8 + 32 + 32 + 2),
+                3.459,
+                64,
+                4 * (74 * 64 // 264),
+                90 * 4 * 64 * 74,
+                156330,
+            ),
+            Cache(
+                "capacity",
+                "keys int4_int2, values int2",
+                90 * (24 + 4 + 16 + 2),
+                5.565,
+                64,
+                6 * (46 * 64 // 264),
+                90 * 6 * 64 * 46,
+                247716,
+            ),
+        ],
+    )
+
+
+def test_inspect_reads_no_weights_and_tells_layers_apart(
+    presets: None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """A model of 27 billion parameters, of which there is a configuration alone."""
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_27B))
+    options = ["--dtype", "bfloat16", "--max-model-len", "32768", "--memory", "10"]
+    cli.main(["inspect", str(tmp_path), "--json", *options])
+    found = json.loads(capsys.readouterr().out)
+    assert found["layers"] == [
+        {"count": 52, "sliding_window": 1024, "num_kv_heads": 16, "head_size": 128},
+        {"count": 10, "sliding_window": None, "num_kv_heads": 16, "head_size": 128},
+    ]
+    assert found["memory"] == 10 << 30 and found["calibration"] is None
+    assert [cache["token_bytes"] for cache in found["caches"]] == [
+        62 * 16 * 512,
+        62 * 16 * (16 + 64 + 64 + 2),
+        62 * 16 * (48 + 4 + 32 + 2),
+    ]
+
+
+def test_a_cache_too_small_for_one_request_is_said(presets: None) -> None:
+    found = inspection.inspect({"model": str(MODEL), "max_model_len": 8192}, 1 << 27)
+    assert [cache.tokens for cache in found.caches][0] is None
+    assert "\n- not one request of max_model_len: more" in inspection.describe(found)
+
+
+def test_the_report_is_aligned() -> None:
+    caches = [
+        Cache("dense", "bfloat16", 2048, 1.0, 16, 0, 0, 1000),
+        Cache("balanced", "keys int4, values int3", 500, 4.096, 64, 70, 4500, 4100),
+        Cache("safe", "keys fp8", 600, 3.413, 64, 70, 4500, None),
+    ]
+    layers = [Layers(4, None, 2, 64), Layers(20, 1024, 2, 64)]
+    found = Inspection("a-model", "bfloat16", 8192, 3 << 29, layers, 2, 1, "/b.st", caches)
+    expected = """\
+a-model, bfloat16, max_model_len 8,192
+  4 layers of full attention: 2 KV heads of 64
+  20 layers of sliding window of 1,024 tokens: 2 KV heads of 64
+  2 layers read the cache of another
+  1 layers with a state, which stays vLLM's
+
+calibration: /b.st
+
+preset      bytes/token  ratio  block  window  ring bytes  tokens  vs dense  stored
+dense             2,048  1.00x     16       0           0   1,000     1.00x  bfloat16
+balanced *          500  4.10x     64      70       4,500   4,100     4.10x  keys int4, values int3
+safe                600  3.41x     64      70       4,500       -            keys fp8
+
+* the default. Bytes of all layers, without the window; ring bytes of a request; tokens in 1.5 GiB.
+- not one request of max_model_len: more --memory, less --max-model-len."""
+    assert inspection.describe(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", str(MODEL), "--max-model-len", "-3"], "(?s)error: .*max_model_len"),
+        (["inspect", str(MODEL), "--quantization", "awq"], "error: "),
+        (["inspect", "/no/such/model"], "error: .*/no/such/model"),
+        (["calibrate", str(MODEL), "--kv-cache-dtype", "nvfp4"], "error: "),
+    ],
+)
+def test_what_vllm_refuses_is_one_message(arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        cli.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspct"], "invalid choice: 'inspct'"),
+        (["inspect", "a-model", "--memory", "0"], "--memory 0: must be > 0"),
+        (
+            ["inspect", "a-model", "--additional-config", '{"sparsekv": {}}'],
+            "--additional-config: every preset is shown, leave it out",
+        ),
+    ],
+)
+def test_wrong_arguments_are_named(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        cli.main(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments"),
+    [
+        (cli.main, []),
+        *((cli.main, [command]) for command in cli.COMMANDS),
+        (calibrate.main, []),
+    ],
+)
+def test_help_fits_a_screen(main: Any, arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        main([*arguments, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "--help" in "".join(lines) and len(lines) <= 24
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_command_prints_nothing_but_its_report() -> None:
+    code = "from vllm_sparsekv.engine.cli import main; main()"
+    command = [sys.executable, "-c", code, "doctor", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == ""
+    names = [finding["name"] for finding in json.loads(done.stdout)]
+    assert names[:2] == ["vllm_sparsekv", "python"] and names[-1] == "calibrations"
+
+
+@pytest.fixture
+def fresh_kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
+    build.library.cache_clear()
+    api.implementation.cache_clear()
+    yield
+    monkeypatch.undo()
+    build.library.cache_clear()
+    ops.use_isa(None)
+
+
+@pytest.mark.parametrize(
+    ("environment", "name", "found", "cure"),
+    [
+        ({"VLLM_PLUGINS": "other,more"}, "plugin", "VLLM_PLUGINS=other,more", "add sparsekv"),
+        ({"VLLM_PLUGINS": "sparsekv,more"}, "plugin", "loaded by vLLM", None),
+        ({"SPARSEKV_KERNELS": "foo"}, "kernels", "SPARSEKV_KERNELS='foo'", "unset SPARSEKV_KER"),
+        ({"SPARSEKV_KERNELS": "reference"}, "kernels", "torch reference", None),
+        ({"XDG_CACHE_HOME": "/proc/none"}, "kernel cache", "/proc/none", "set XDG_CACHE_HOME to"),
+        ({"XDG_CACHE_HOME": "{tmp}", "CXX": "no-such"}, "kernels", "no-such", "install g++ or set"),
+        ({"XDG_CACHE_HOME": "{tmp}", "CXX": "no-such"}, "C++ compiler", "none: no C++", None),
+    ],
+)
+def test_doctor_names_the_cure(
+    environment: dict[str, str],
+    name: str,
+    found: str,
+    cure: str | None,
+    fresh_kernels: None,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    if environment.get("XDG_CACHE_HOME") == "/proc/none":
+        ready = build.library()
+        monkeypatch.setattr(build, "library", lambda: ready)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value.format(tmp=tmp_path))
+    with pytest.raises(SystemExit) as done:
+        doctor.main([])
+    report = capsys.readouterr().out
+    (line,) = (line for line in report.splitlines() if line[4:].lstrip().startswith(f"{name}  "))
+    assert found in line and line.startswith("FAIL" if cure else "ok ")
+    if cure:
+        assert f"\n\n{name}: {cure}" in report and done.value.code
+    elif "CXX" not in environment:
+        assert not done.value.code and "FAIL" not in report
+
+
+def test_doctor_without_vllm(monkeypatch: pytest.MonkeyPatch, fresh_kernels: None) -> None:
+    monkeypatch.delattr("vllm_sparsekv.engine.compat")
+    monkeypatch.setitem(sys.modules, "vllm_sparsekv.engine.compat", None)
+    found = {finding.name: finding for finding in doctor.examine()}
+    assert "pip install 'vllm>=0.32,<0.34'" in found["vllm"].cure
+    assert found["kernels"].cure is None
