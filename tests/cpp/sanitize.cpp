@@ -5,8 +5,14 @@
 #include <memory>
 #include <random>
 
+#if defined(__AMX_BF16__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "../../kernels/attention/cpu.cpp"
 #include "../../kernels/pack/cpu.cpp"
+#include "../../kernels/step/cpu.cpp"
 #include "../../kernels/window/cpu.cpp"
 
 using namespace sparsekv::SPARSEKV_ISA;
@@ -35,7 +41,7 @@ struct Shape {
     VectorLayout key, value;
     int threads, sliding_window;
     float soft_cap;
-    bool sinks;
+    bool sinks, fused;
 };
 
 // Writes a history of random lengths token by token, then attends and stores one ragged step.
@@ -68,7 +74,8 @@ void run_batch(const Shape& shape) {
             seen_table[i * max_blocks + j] = passed ? num_blocks : table[i * max_blocks + j];
         }
     }
-    Array<float> sinks(heads);
+    Array<float> sinks(heads), means(kv_heads * shape.head_size);
+    Array<float> matrices(size_t(kv_heads) * shape.head_size * shape.head_size);
 
     Array<uint8_t> pages(num_blocks * kv_heads * tile);
     const int64_t slot_tile = int64_t(slots) * layout.slot_bytes();
@@ -93,14 +100,21 @@ void run_batch(const Shape& shape) {
         const int64_t stride = int64_t(kv_heads) * shape.head_size;
         const PackCall pack{key, value, pages, slot, stride, stride, kv_heads * tile, tile, tokens,
                             kv_heads, shape.block_size, shape.threads, layout};
-        SPARSEKV_KERNEL(pack)(&pack);
+        if (!attend || !shape.fused) SPARSEKV_KERNEL(pack)(&pack);
         if (attend) {
             const int64_t query_stride = int64_t(heads) * shape.head_size;
             const AttentionCall call{
                 query, key, value, out, pages, window, counts, ends, seen_table, ring_table,
                 shape.sinks ? sinks.data.get() : nullptr, query_stride, stride, stride, query_stride, kv_heads * tile, tile,
                 kv_heads * slot_tile, slot_tile, max_blocks, ring_blocks, num_reqs, heads, kv_heads, num_blocks,
-                shape.block_size, slots, ring_blocks, shape.threads, shape.sliding_window, 0.1f, shape.soft_cap, layout};
+                shape.block_size, slots, ring_blocks, shape.threads, shape.sliding_window, 0.1f, shape.soft_cap, {},
+                layout};
+            if (shape.fused) {
+                const Change change{matrices, means, int64_t(shape.head_size) * shape.head_size};
+                const StepCall step{call, change, {matrices, nullptr, 0}, change, slot, tokens, nullptr, nullptr,
+                                    shape.window != 0};
+                return SPARSEKV_KERNEL(step)(&step);
+            }
             SPARSEKV_KERNEL(attention)(&call);
         }
         if (shape.window == 0) return;
@@ -121,6 +135,9 @@ void run_batch(const Shape& shape) {
 }  // namespace
 
 int main() {
+#if defined(__AMX_BF16__)
+    syscall(SYS_arch_prctl, 0x1023, 18);  // asks for the tile registers
+#endif
     int batches = 0;
     for (const int head_size : {16, 64, 80, 96, 128, 256})
         for (const int storage : {-1, int(FP8), int(INT4), int(INT3), int(INT2), int(INT4_INT2)})
@@ -137,7 +154,7 @@ int main() {
                 const VectorLayout value{survivors(value_stored, batches / 2 % 3 + 1), value_stored};
                 const int sliding_windows[] = {0, 1, 20, 0, 100};
                 run_batch({head_size, 1 + batches % 7, block_size, window, model, key, value, 1 + batches % 2,
-                           sliding_windows[batches % 5], batches % 3 == 1 ? 2.f : 0.f, batches % 4 > 1});
+                           sliding_windows[batches % 5], batches % 3 == 1 ? 2.f : 0.f, batches % 4 > 1, batches % 3 != 0});
                 ++batches;
             }
     std::printf("%d batches\n", batches);
