@@ -19,7 +19,7 @@ from vllm_sparsekv.engine import layers as engine_layers
 from vllm_sparsekv.engine import report
 from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVImpl
 from vllm_sparsekv.engine.window import RingSpec
-from vllm_sparsekv.format.basis import LayerBasis
+from vllm_sparsekv.format.basis import Basis, LayerBasis
 from vllm_sparsekv.format.basis_file import write_basis
 
 TARGET = {
@@ -70,12 +70,23 @@ def runner_v2(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def basis(tmp_path: Path) -> str:
+def basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Of the target's layers and heads; what it says of a drafter's would be wrong."""
+    for name, value in (("rank", 0), ("world_size", 1)):
+        function = f"get_tensor_model_parallel_{name}"
+        monkeypatch.setattr(engine_layers, function, lambda value=value: value)
     eyes, means = torch.eye(64).expand(2, 2, 64, 64), torch.zeros(2, 2, 64)
     path = tmp_path / "basis.safetensors"
     write_basis(path, dict.fromkeys(range(4), LayerBasis(*eyes, *means)), 4, "a-model")
     return str(path)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The lines of the start-up report."""
+    lines: list[str] = []
+    monkeypatch.setattr(report.logger, "info_once", lines.append)
+    return lines
 
 
 def build(config: Any, derived: Any, of_drafter: dict[int, Layer]) -> list[Any]:
@@ -108,7 +119,7 @@ def test_runner_v1_cannot_run_a_sparse_drafter(tmp_path):
 
 
 @pytest.mark.parametrize(("drafter", "layers"), [(DRAFTER, (4, 5)), (EAGLE, (4,))])
-def test_dense_drafters_have_pages_like_ours(tmp_path, drafter, layers):
+def test_dense_drafters_have_pages_like_ours(tmp_path, said, drafter, layers):
     config = engine(tmp_path, drafter)
     derived = derive(config, model_config=config.speculative_config.draft_model_config)
     drafted = build(config, derived, {i: Layer() for i in layers})
@@ -125,18 +136,11 @@ def test_dense_drafters_have_pages_like_ours(tmp_path, drafter, layers):
         if group.kv_cache_spec.dtype == torch.uint8:
             assert group.kv_cache_spec.unpadded_page_size_bytes == page
     assert all(not isinstance(layer.impl, SparseKVImpl) for layer in drafted)
-    (line,) = said(config)
+    (line,) = [line for line in said if "drafter" in line]
     assert line == f"sparsekv: {len(layers)} layers of the drafter stay dense, on CPU_ATTN"
 
 
-def said(config: Any, reasons: set[str] = frozenset()) -> list[str]:
-    """The lines of the report on a drafter."""
-    sparse = engine_layers.sparse_layers(config)
-    others = engine_layers._other_layers(config, sparse)
-    return [x for x in report.lines(config, sparse, {}, others, reasons) if "drafter" in x]
-
-
-def test_sparse_drafters_keep_to_themselves(tmp_path, basis, runner_v2):
+def test_sparse_drafters_keep_to_themselves(tmp_path, basis, runner_v2, said):
     """Their shape, no basis of the target's, rings that vLLM takes for a drafter's."""
     config = engine(tmp_path, DRAFTER, {"preset": "capacity", "basis": basis, "skip_layers": [0]})
     derived = replace(config, model_config=config.speculative_config.draft_model_config)
@@ -145,15 +149,15 @@ def test_sparse_drafters_keep_to_themselves(tmp_path, basis, runner_v2):
     context = config.compilation_config.static_forward_context
     assert isinstance(context[layer_name(1)].impl, SparseKVImpl)
     assert not isinstance(context[layer_name(0)].impl, SparseKVImpl)
-    assert context[layer_name(1)].impl.cache.basis.key is not None
+    assert context[layer_name(1)].impl.cache.basis.key.shape == (2, 64, 64)
     for layer in drafted:
         cache = layer.impl.cache
         assert cache.format.head_size == 32
-        assert cache.basis.key is None
+        assert cache.basis is Basis.of(cache.format, config.device_config.device)
         assert cache.window.is_draft_layer and not context[f"{layer_name(1)}.window"].is_draft_layer
     specs = [group.kv_cache_spec for group in made.groups.kv_cache_groups]
     assert len({spec.page_size_bytes for spec in specs}) == 1
-    (line,) = said(config)
+    (line,) = [line for line in said if "drafter" in line]
     assert line.startswith("sparsekv: 2 full-attention layers of the drafter: keys 0.0% asked")
     assert "int3; values" in line and "calibrated" not in line
 
@@ -177,21 +181,16 @@ def test_sparse_drafters_keep_to_themselves(tmp_path, basis, runner_v2):
     ],
 )
 def test_drafters_that_cannot_be_sparse_are_dense(
-    tmp_path, basis, runner_v2, settings, changes, reason
+    tmp_path, basis, runner_v2, said, settings, changes, reason
 ):
     config = engine(tmp_path, DRAFTER | changes, {"basis": basis} | settings)
     derived = replace(config, model_config=config.speculative_config.draft_model_config)
     drafted = build(config, derived, {4: Layer(), 5: Layer()})
-    lines = []
-    report.logger.info_once, before = lines.append, report.logger.info_once
-    try:
-        groups = groups_of(config)
-    finally:
-        report.logger.info_once = before
+    groups = groups_of(config)
     assert all(not isinstance(layer.impl, SparseKVImpl) for layer in drafted)
     assert not issubclass(drafted[0].attn_backend, SparseKVBackend)
     assert any(isinstance(group.kv_cache_spec, RingSpec) for group in groups)
-    (line,) = [line for line in lines if "drafter" in line]
+    (line,) = [line for line in said if "drafter" in line]
     assert line.startswith(f"sparsekv: 2 layers of the drafter stay dense, on CPU_ATTN; {reason}")
 
 
