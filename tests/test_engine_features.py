@@ -40,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sparse(model: Path) -> Iterator[LLM]:
-    with start(model, LOSSLESS, max_num_seqs=128, async_scheduling=False) as llm:
+    with start(model, LOSSLESS, max_num_seqs=128) as llm:
         yield llm
 
 
@@ -128,11 +128,9 @@ def test_reset_prefix_cache(sparse: LLM, dense: LLM) -> None:
 
 
 def test_one_request_at_a_time_and_many(model: Path, sparse: LLM, dense: LLM) -> None:
-    """With asynchronous scheduling and without."""
     crowd = prompts(130, 30)
     expected = texts(generate(dense, crowd, 6))
     assert sparse.llm_engine.vllm_config.scheduler_config.max_num_seqs == 128
     assert texts(generate(sparse, crowd, 6)) == expected
-    with start(model, LOSSLESS, max_num_seqs=1, async_scheduling=True) as llm:
-        assert llm.llm_engine.vllm_config.scheduler_config.async_scheduling
+    with start(model, LOSSLESS, max_num_seqs=1) as llm:
         assert texts(generate(llm, crowd[:20], 6)) == expected[:20]
