@@ -71,6 +71,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
     },
     "granite": {"attention_multiplier": 0.2},
+    "ernie4_5_moe": {
+        "moe_layer_start_index": 4,
+        "moe_num_experts": 2,
+        "num_nextn_predict_layers": 1,
+    },
     "qwen3_next": {
         "layer_types": ["linear_attention", "full_attention"] * 2,
         "linear_num_key_heads": 2,

@@ -297,7 +297,6 @@ def test_block_size_defaults_to_64_and_respects_the_user() -> None:
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
         ({"dtype": torch.float64}, "dtype not supported"),
-        ({"head_size": 72}, "head_size not supported"),
         ({"block_size": 40}, "block_size not supported"),
         ({"use_dcp": True}, "DCP not supported"),
         ({"device_capability": DeviceCapability(7, 5)}, "compute capability not supported"),

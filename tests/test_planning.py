@@ -173,7 +173,7 @@ def test_blocks_beside_state_layers_grow_from_our_bytes(tmp_path, model):
     assert pages.page_size_bytes == pages.block_size * token >= state
     assert pages.block_size == 64 or pages.page_size_bytes - 64 * token < state
     assert made.config.cache_config.block_size == pages.block_size
-    (line,) = [line for line in report.lines(made.config, {}, {}) if "state layers" in line]
+    (line,) = [line for line in report.lines(made.config, {}, {}, {}, ()) if "state layers" in line]
     count = model["num_hidden_layers"] - len(layers_of(model))
     padding = pages.page_size_bytes / state - 1
     assert line == (
@@ -303,7 +303,7 @@ def test_skipping_no_layer_or_a_few_costs_what_is_said(tmp_path):
         named = {layer.layer_name: layer for layer in layers}
         sparse = {n: x for n, x in named.items() if isinstance(x.impl, SparseKVImpl)}
         skipped = {n: x for n, x in named.items() if n not in sparse}
-        lines[skip] = report.lines(config, sparse, skipped), tokens
+        lines[skip] = report.lines(config, sparse, skipped, {}, ()), tokens
     full, all_tokens = lines[()]
     fewer, some_tokens = lines[0, 1, -2, -1]
     assert len(full) == 1 and len(fewer) == 2
@@ -321,7 +321,7 @@ def test_lines_by_kind_of_layer(tmp_path):
     config = configure(tmp_path, GPT_OSS, max_model_len=8192, **options)
     layers = build_layers(config, layers_of(GPT_OSS) | {24: Layer(shares=23)})
     plan(config)
-    lines = report.lines(config, {layer.layer_name: layer for layer in layers}, {})
+    lines = report.lines(config, {layer.layer_name: layer for layer in layers}, {}, {}, ())
     vectors = (
         "keys 30.0% asked, 25.0% effective, auto; values 50.0% asked, 50.0% effective, fp8; "
         "1152 bytes per token and layer against 2048 dense (1.78x); window 34 tokens (32 asked); "

@@ -277,6 +277,24 @@ def test_rejected_drafts_never_cost_a_window_token(window, lookahead):
             tensor[position:] = torch.randn(tensor[position:].shape, generator=generator)
 
 
+@pytest.mark.parametrize("lookahead", [1, 3, 7])
+@pytest.mark.parametrize("window", [8, 24])
+@pytest.mark.parametrize("short", [0, 1])
+def test_one_slot_less_than_the_drafts_need_loses_a_window_token(window, lookahead, short):
+    """A format has one slot more, for the token that a draft model reads a second time."""
+    fmt = make_format(window, lookahead)
+    engine, slots = Engine(fmt), fmt.min_ring_slots - 1 - short
+    engine.ring = torch.tensor([1]).int()
+    engine.window = torch.zeros(2, H, slots, fmt.slot_bytes // 4)
+    engine.step(0, 50)
+    engine.step(50, 51 + lookahead)
+    if not short:
+        engine.check(51, 52 + lookahead)
+        return
+    with pytest.raises(AssertionError, match="positions 51 to"):
+        engine.check(51, 52 + lookahead)
+
+
 def test_zeroed_blocks_hide_the_former_owner():
     """The tags of another request's tokens match ours; only zeroing makes them go away."""
     engine = Engine(make_format(window=24))

@@ -9,10 +9,14 @@ from typing import Any
 from vllm_sparsekv.engine.auto_basis import CannotCalibrate, find_or_calibrate
 from vllm_sparsekv.engine.compat import (
     VllmConfig,
+    deselect_backend,
     forget_cache_dtype_of_checkpoint,
+    has_drafter,
     init_logger,
+    is_drafters,
     lookahead_tokens,
 )
+from vllm_sparsekv.engine.plugin import BACKEND_NAME
 from vllm_sparsekv.engine.transfer.connectors import check_connector, prepare_connector
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
@@ -53,10 +57,22 @@ def refuse_unused_settings(vllm_config: VllmConfig) -> None:
         )
 
 
-def layer_format(vllm_config: VllmConfig, head_size: int) -> SparseFormat:
+def drafter_settings(vllm_config: VllmConfig) -> SparseKVConfig:
+    """The same for layers of a drafter: the basis and the layers to skip are the target's.
+
+    Raises:
+        ValueError: a codec needs a basis.
+    """
+    given = dict(_additional(vllm_config).get(SETTINGS_KEY) or {})
+    for name in ("basis_sha256", "skip_layers"):
+        given.pop(name, None)
+    return SparseKVConfig.from_dict(given | {"basis": "none"})
+
+
+def layer_format(vllm_config: VllmConfig, head_size: int, of_drafter: bool = False) -> SparseFormat:
     """The cache format of a layer with this head size."""
     return SparseFormat.from_config(
-        settings_of(vllm_config),
+        (drafter_settings if of_drafter else settings_of)(vllm_config),
         head_size,
         vllm_config.model_config.dtype,
         lookahead_tokens(vllm_config),
@@ -86,6 +102,7 @@ def admit(vllm_config: VllmConfig) -> None:
             "disable_hybrid_kv_cache_manager=True: must be False with attention_backend=sparsekv, "
             "pages and window are two cache groups"
         )
+    _check_drafter(vllm_config)
     if not cache.user_specified_block_size:
         cache.block_size = DEFAULT_BLOCK_SIZE
     elif cache.block_size > max(model.max_model_len, DEFAULT_BLOCK_SIZE):
@@ -110,6 +127,12 @@ def admit(vllm_config: VllmConfig) -> None:
         found = _check_basis(settings.basis_path, settings.basis_sha256, model)
         _settle(vllm_config, basis_sha256=found.sha256)
     prepare_connector(vllm_config, settings_of(vllm_config))
+
+
+def admit_derived(vllm_config: VllmConfig) -> None:
+    """Leave a drafter dense that sparse pages do not support; vLLM derives its configuration."""
+    if is_drafters(vllm_config) and any(unsupported(vllm_config)):
+        deselect_backend(vllm_config)
 
 
 def unsupported(vllm_config: VllmConfig) -> Iterator[str]:
@@ -186,6 +209,22 @@ def _check_skip_layers(skip: Sequence[int | str], vllm_config: VllmConfig) -> No
             f"sparsekv.skip_layers={list(skip)}: must leave one of the {len(attention)} attention "
             f"layers sparse"
         )
+
+
+def _check_drafter(vllm_config: VllmConfig) -> None:
+    """Refuse sparse layers in a drafter that would not see their window."""
+    if not has_drafter(vllm_config) or vllm_config.use_v2_model_runner:
+        return
+    given = {
+        "speculative_config.attention_backend": [vllm_config.speculative_config.attention_backend],
+        "attention_config.backend_per_kind": vllm_config.attention_config.backend_per_kind.values(),
+    }
+    for field, backends in given.items():
+        if BACKEND_NAME in [backend.name for backend in backends if backend]:
+            raise ValueError(
+                f"{field} names sparsekv: must not with a draft model on vLLM's model runner V1, "
+                f"which shows a drafter one cache group, not its window; its layers stay dense"
+            )
 
 
 def _check_cache_dtype(vllm_config: VllmConfig) -> None:

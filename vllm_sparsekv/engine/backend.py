@@ -67,10 +67,6 @@ class SparseKVBackend(AttentionBackend):
         return DEFAULT_BLOCK_SIZE
 
     @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        return head_size % 16 == 0
-
-    @classmethod
     def supports_sliding_window(cls) -> bool:
         return True
 

@@ -20,7 +20,12 @@ from vllm_sparsekv.engine.compat import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     layer_index,
+    platform_backend,
+    reads_first_group,
     register_before,
+    register_first,
+    replace_backend,
+    show_drafters,
     zero_on_cpu,
 )
 from vllm_sparsekv.engine.skip import leave_dense, skipped_layers
@@ -41,23 +46,35 @@ def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> N
         ValueError: a layer needs what sparse pages do not support; names it.
         BuildError: ``SPARSEKV_KERNELS=native`` and they cannot be built.
     """
-    layers = sparse_layers(vllm_config)
     backends: dict[SparseFormat, type[SparseKVBackend]] = {}
-    for name, layer in layers.items():
-        _refuse_unsupported(name, layer)
-        fmt = layer_format(vllm_config, layer.head_size)
-        layer.attn_backend = backends.setdefault(fmt, SparseKVBackend.with_format(fmt))
+    reasons = set()
+    for name, layer in sparse_layers(vllm_config).items():
+        try:
+            _refuse_unsupported(name, layer)
+            fmt = layer_format(vllm_config, layer.head_size, layer.is_draft_layer)
+        except ValueError as reason:
+            if not layer.is_draft_layer:
+                raise
+            reasons.add(str(reason))
+            replace_backend(vllm_config, layer, platform_backend(vllm_config, layer))
+        else:
+            layer.attn_backend = backends.setdefault(fmt, SparseKVBackend.with_format(fmt))
+    layers = sparse_layers(vllm_config)
     choose_block_size()
     if not layers:
         return
     cache = vllm_config.cache_config
     if not cache.user_specified_block_size and not vllm_config.model_config.is_hybrid:
         cache.block_size = DEFAULT_BLOCK_SIZE
-    skipped = skipped_layers(settings_of(vllm_config).skip_layers, vllm_config, layers)
+    of_target = {name: layer for name, layer in layers.items() if not layer.is_draft_layer}
+    skipped = skipped_layers(settings_of(vllm_config).skip_layers, vllm_config, of_target)
     sparse = {name: layer for name, layer in layers.items() if name not in skipped}
-    leave_dense(vllm_config, skipped, sparse)
+    others = _other_layers(vllm_config, layers)
+    leave_dense(vllm_config, skipped, others, sparse)
     _add_caches(vllm_config, sparse)
-    report.log_layers(vllm_config, sparse, skipped)
+    if reads_first_group(vllm_config):
+        register_first(vllm_config, others)
+    report.log_layers(vllm_config, sparse, skipped, others, reasons)
     implementation(vllm_config.device_config.device.type)  # compiled now, not for a first request
 
 
@@ -81,6 +98,25 @@ def _refuse_unsupported(name: str, layer: Any) -> None:
         raise ValueError(f"attention_backend=sparsekv: {name} has {found}, which is not supported")
 
 
+def _other_layers(vllm_config: VllmConfig, layers: dict[str, Any]) -> dict[str, Any]:
+    """Attention layers with a cache of their own on other backends, as drafters may have.
+
+    Raises:
+        ValueError: one reads the cache of a sparse layer.
+    """
+    others = {}
+    for name, layer in attention_layers(vllm_config).items():
+        owner = layer.kv_sharing_target_layer_name
+        if owner in layers and layer.is_draft_layer | (name not in layers):
+            raise ValueError(
+                f"attention_backend=sparsekv: {name} reads the cache of {owner}, a layer of "
+                f"another model, which is not supported"
+            )
+        if name not in layers and not owner and layer.get_kv_cache_spec(vllm_config) is not None:
+            others[name] = layer
+    return others
+
+
 def _add_caches(vllm_config: VllmConfig, sparse: dict[str, Any]) -> None:
     """Give each layer its cache, and vLLM the rings."""
     readers = defaultdict(list)
@@ -94,12 +130,14 @@ def _add_caches(vllm_config: VllmConfig, sparse: dict[str, Any]) -> None:
         fmt = layer.attn_backend.format.with_full_ring(vllm_config.cache_config.block_size)
         ring = WindowLayer(f"{name}.window", layer.num_kv_heads, fmt) if fmt.window else None
         if ring is not None:
+            ring.is_draft_layer = layer.is_draft_layer
             rings[name] = ring
         layer.impl.cache = LayerCache(
             fmt, _basis(file, vllm_config, name, fmt), ring, readers[name][-1]
         )
     register_before(vllm_config, rings)
     zero_on_cpu(WindowLayer)
+    show_drafters(WindowLayer)
 
 
 def _open_basis(vllm_config: VllmConfig) -> BasisFile | None:
@@ -116,7 +154,7 @@ def _open_basis(vllm_config: VllmConfig) -> BasisFile | None:
 
 def _basis(file: BasisFile | None, vllm_config: VllmConfig, name: str, fmt: SparseFormat) -> Basis:
     device = vllm_config.device_config.device
-    if file is None:
+    if file is None or attention_layers(vllm_config)[name].is_draft_layer:
         return Basis.of(fmt, device)
     layer, index = attention_layers(vllm_config)[name], layer_index(name)
     found = file.layer(index)

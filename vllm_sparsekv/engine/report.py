@@ -3,39 +3,52 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from vllm_sparsekv.engine.admission import layer_format, logger, settings_of
+from vllm_sparsekv.engine.admission import drafter_settings, layer_format, logger, settings_of
 from vllm_sparsekv.engine.backend import SparseKVBackend
-from vllm_sparsekv.engine.compat import VllmConfig, state_pages
+from vllm_sparsekv.engine.compat import VllmConfig, has_drafter, state_pages
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
 
-def log_layers(vllm_config: VllmConfig, sparse: dict[str, Any], skipped: dict[str, Any]) -> None:
+def log_layers(vllm_config: VllmConfig, *layers: Any) -> None:
     """Log :func:`lines`, from the first worker of a node alone."""
-    for line in lines(vllm_config, sparse, skipped):
+    for line in lines(vllm_config, *layers):
         logger.info_once(line)
 
 
-def lines(vllm_config: VllmConfig, sparse: dict[str, Any], skipped: dict[str, Any]) -> list[str]:
+def lines(
+    vllm_config: VllmConfig,
+    sparse: Mapping[str, Any],
+    skipped: Mapping[str, Any],
+    others: Mapping[str, Any],
+    reasons: Collection[str],
+) -> list[str]:
     """What the layers of this rank store.
 
     Args:
-        sparse, skipped: layers by name, as :func:`vllm_sparsekv.engine.layers.prepare` leaves them.
+        sparse, skipped, others: layers by name, as :func:`vllm_sparsekv.engine.layers.prepare`
+            leaves them.
+        reasons: why layers of a drafter are not sparse, where it is for what they are.
     """
-    asked, block_size = settings_of(vllm_config), vllm_config.cache_config.block_size
+    block_size = vllm_config.cache_config.block_size
     owners = [layer for layer in sparse.values() if not layer.kv_sharing_target_layer_name]
     kinds = Counter(
-        (layer.sliding_window, layer.num_kv_heads, layer.impl.cache.format) for layer in owners
+        (layer.is_draft_layer, layer.sliding_window, layer.num_kv_heads, layer.impl.cache.format)
+        for layer in owners
     )
-    result = [
-        f"sparsekv: {count} {_kind(window)}: {_vectors(asked, fmt)}; "
-        f"{heads * fmt.token_bytes} bytes per token and layer against "
-        f"{heads * fmt.dense_token_bytes} dense ({fmt.dense_token_bytes / fmt.token_bytes:.2f}x); "
-        f"window {fmt.window} tokens ({asked.window} asked); block size {block_size}"
-        for (window, heads, fmt), count in kinds.items()
-    ]
+    result = []
+    for (of_drafter, window, heads, fmt), count in kinds.items():
+        asked = (drafter_settings if of_drafter else settings_of)(vllm_config)
+        result.append(
+            f"sparsekv: {count} {_kind(window)}{' of the drafter' if of_drafter else ''}: "
+            f"{_vectors(asked, fmt)}; {heads * fmt.token_bytes} bytes per token and layer against "
+            f"{heads * fmt.dense_token_bytes} dense "
+            f"({fmt.dense_token_bytes / fmt.token_bytes:.2f}x); "
+            f"window {fmt.window} tokens ({asked.window} asked); block size {block_size}"
+        )
     if len(owners) < len(sparse):
         result.append(f"sparsekv: {len(sparse) - len(owners)} layers read the cache of another")
     states = state_pages(vllm_config)
@@ -49,6 +62,13 @@ def lines(vllm_config: VllmConfig, sparse: dict[str, Any], skipped: dict[str, An
         result.append(_skipped_line(vllm_config, owners, skipped))
     if vllm_config.kv_transfer_config is not None:
         result.append(_transfer_line(vllm_config, owners, skipped))
+    if others:
+        backends = {layer.attn_backend.get_name() for layer in others.values()}
+        of_drafter = " of the drafter" if has_drafter(vllm_config) else ""
+        result.append(
+            f"sparsekv: {len(others)} layers{of_drafter} stay dense, on "
+            f"{' and '.join(sorted(backends))}{''.join(f'; {why}' for why in sorted(reasons))}"
+        )
     return result
 
 

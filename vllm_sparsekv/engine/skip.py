@@ -1,4 +1,5 @@
-"""``skip_layers``: layers that stay dense on the platform's own backend, beside sparse ones.
+"""Layers that stay dense on the platform's own backend, beside sparse ones: ``skip_layers`` and
+drafters that cannot be sparse.
 
 All groups of vLLM's block pool have pages of one size. A dense page must not be the larger one, or
 every sparse page would be padded up to it: sparse blocks grow until the smallest dense block fits
@@ -43,7 +44,7 @@ def skipped_layers(
         return kind in skip or layer_index(owner) in indices
 
     skipped = {name: layer for name, layer in layers.items() if chosen(name)}
-    if len(skipped) == len(layers):
+    if layers and len(skipped) == len(layers):
         raise ValueError(
             f"sparsekv.skip_layers={list(skip)}: must leave one of the {len(layers)} attention "
             f"layers sparse"
@@ -51,20 +52,26 @@ def skipped_layers(
     return skipped
 
 
-def leave_dense(vllm_config: VllmConfig, skipped: dict[str, Any], sparse: dict[str, Any]) -> None:
-    """Give the skipped layers the platform's own backend, and choose block sizes."""
-    if not skipped:
+def leave_dense(
+    vllm_config: VllmConfig,
+    skipped: dict[str, Any],
+    others: dict[str, Any],
+    sparse: dict[str, Any],
+) -> None:
+    """Give the skipped layers the platform's own backend, and choose block sizes.
+
+    Args:
+        others: layers on other backends.
+    """
+    if not skipped and not others:
         return
     token_bytes = max(
         layer.num_kv_heads * layer.attn_backend.format.token_bytes for layer in sparse.values()
     )
-    dense = {
-        name: (
-            platform_backend(vllm_config, layer),
-            layer.num_kv_heads * layer.attn_backend.format.dense_token_bytes,
-        )
-        for name, layer in skipped.items()
-    }
+    backends = {name: platform_backend(vllm_config, layer) for name, layer in skipped.items()}
+    backends |= {name: layer.attn_backend for name, layer in others.items()}
+    layers = skipped | others
+    dense = {name: (backend, _token_bytes(layers[name])) for name, backend in backends.items()}
     smallest = max(_block_size(backend, 0) * size for backend, size in dense.values())
     needed = math.ceil(smallest / token_bytes / BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
     cache = vllm_config.cache_config
@@ -77,7 +84,15 @@ def leave_dense(vllm_config: VllmConfig, skipped: dict[str, Any], sparse: dict[s
     page = cache.block_size * token_bytes
     for name, (backend, size) in dense.items():
         fitting = _in_pages(backend, _block_size(backend, page // size), page)
-        replace_backend(vllm_config, skipped[name], fitting)
+        if name in skipped:
+            replace_backend(vllm_config, skipped[name], fitting)
+        else:
+            others[name].attn_backend = fitting
+
+
+def _token_bytes(layer: Any) -> int:
+    size = layer.head_size + layer.head_size_v
+    return layer.num_kv_heads * size * layer.kv_cache_torch_dtype.itemsize
 
 
 def _block_size(backend: type[AttentionBackend], largest: int) -> int:

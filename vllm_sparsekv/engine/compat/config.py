@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, replace
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
 
@@ -36,6 +36,49 @@ def forget_cache_dtype_of_checkpoint(vllm_config: VllmConfig) -> str | None:
 def lookahead_tokens(vllm_config: VllmConfig) -> int:
     """Draft tokens a step may write beyond the accepted ones."""
     return max(vllm_config.num_speculative_tokens, vllm_config.num_lookahead_tokens)
+
+
+def set_admitted(vllm_config: VllmConfig) -> None:
+    """Mark an engine's configuration and, with it, all that vLLM derives from it.
+
+    They share its compilation configuration, where the layers of all of them register; the mark
+    goes with it to other processes.
+    """
+    vllm_config.compilation_config.sparsekv_admitted = True
+
+
+def is_admitted(vllm_config: VllmConfig) -> bool:
+    """Whether this is an admitted engine's configuration, or one derived from it."""
+    return getattr(vllm_config.compilation_config, "sparsekv_admitted", False)
+
+
+def has_drafter(vllm_config: VllmConfig) -> bool:
+    """Whether draft tokens come from attention layers of their own: EAGLE, MTP, a draft model."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and (speculative.use_eagle() or speculative.uses_draft_model())
+
+
+def reads_first_group(vllm_config: VllmConfig) -> bool:
+    """Whether model runner V1 shows the drafter the first cache group, whichever is its own."""
+    speculative = vllm_config.speculative_config
+    return (
+        speculative is not None
+        and speculative.uses_draft_model()
+        and not vllm_config.use_v2_model_runner
+    )
+
+
+def is_drafters(vllm_config: VllmConfig) -> bool:
+    """Whether a configuration is the one that vLLM derives for a draft model."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and vllm_config.model_config is speculative.draft_model_config
+
+
+def deselect_backend(vllm_config: VllmConfig) -> None:
+    """Leave the attention backend of a derived configuration to the platform."""
+    vllm_config.attention_config = replace(
+        vllm_config.attention_config, backend=None, backend_per_kind={}
+    )
 
 
 def model_identity(vllm_config: VllmConfig) -> list[str]:

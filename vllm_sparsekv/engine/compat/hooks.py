@@ -17,7 +17,7 @@ from vllm.v1.core.single_type_kv_cache_manager import (
 from vllm.v1.kv_cache_interface import CircularBufferSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from vllm_sparsekv.engine.compat.config import changed_options
+from vllm_sparsekv.engine.compat.config import changed_options, is_admitted, set_admitted
 
 
 def register_backend_member(name: str, class_path: str, restore: Callable[[], Any]) -> Any:
@@ -67,9 +67,15 @@ def _honour_choice_on_cpu(member: Any, class_path: str) -> None:
 
 
 def watch_config(
-    member: Any, selected: Callable[[VllmConfig], None], other: Callable[[VllmConfig], None]
+    member: Any,
+    selected: Callable[[VllmConfig], None],
+    derived: Callable[[VllmConfig], None],
+    other: Callable[[VllmConfig], None],
 ) -> None:
     """Call ``selected`` on every engine configuration that selects ``member``, else ``other``.
+
+    ``derived`` is called on what vLLM derives from one of the former, for a drafter or a tower,
+    whatever it selects.
 
     It runs inside ``VllmConfig`` creation, in the user's own process, so what it raises reaches
     the caller of ``LLM()`` or ``vllm serve`` before any weight is read.
@@ -77,11 +83,18 @@ def watch_config(
 
     def make(original: Callable[..., None]) -> Callable[..., None]:
         def check_and_update_config(cls: type, vllm_config: VllmConfig) -> None:
+            cache, attention = vllm_config.cache_config, vllm_config.attention_config
+            before = cache.block_size
             original(vllm_config)
-            attention = vllm_config.attention_config
-            chosen = [attention.backend, *(attention.backend_per_kind or {}).values()]
-            check = selected if member in chosen else other
-            check(vllm_config)
+            if is_admitted(vllm_config):
+                # The cache is the engine's; platforms set its block size again.
+                cache.block_size = before
+                derived(vllm_config)
+            elif member in [attention.backend, *(attention.backend_per_kind or {}).values()]:
+                selected(vllm_config)
+                set_admitted(vllm_config)
+            else:
+                other(vllm_config)
 
         return check_and_update_config
 
@@ -159,6 +172,28 @@ def zero_on_cpu(layer_type: type[AttentionLayerBase]) -> None:
         return zero_block_ids
 
     _wrap_once(CPUModelRunner, "_zero_block_ids", make)
+
+
+def show_drafters(layer_type: type[AttentionLayerBase]) -> None:
+    """Have model runner V2 give drafters the metadata of their cache layers of this type too.
+
+    It has collected a drafter's layers before these are registered.
+    """
+    from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+
+    def make(original: Callable[..., None]) -> Callable[..., None]:
+        def set_attn(self: Any, *args: Any, **kwargs: Any) -> None:
+            layers = self.vllm_config.compilation_config.static_forward_context
+            self.draft_attn_layer_names |= {
+                name
+                for name, layer in layers.items()
+                if isinstance(layer, layer_type) and layer.is_draft_layer
+            }
+            original(self, *args, **kwargs)
+
+        return set_attn
+
+    _wrap_once(DraftModelSpeculator, "set_attn", make)
 
 
 def _wrap_platform_hook(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -70,6 +71,14 @@ def register_before(vllm_config: VllmConfig, companions: dict[str, AttentionLaye
         if name in companions:
             context[companions[name].layer_name] = companions[name]
         context[name] = layer
+
+
+def register_first(vllm_config: VllmConfig, names: Collection[str]) -> None:
+    """Move layers to the front, so that their cache group is the first."""
+    context = vllm_config.compilation_config.static_forward_context
+    layers = dict(context)
+    context.clear()
+    context |= {name: layers.pop(name) for name in names} | layers
 
 
 def platform_backend(vllm_config: VllmConfig, layer: Any) -> type[AttentionBackend]:
