@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,6 @@ import models
 import pytest
 from engines import engine, generate, metric, texts
 from vllm import LLM
-from vllm.platforms import current_platform
 from vllm.utils.import_utils import has_arctic_inference
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
@@ -56,21 +56,27 @@ def prompts(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
     return [[generator.randrange(3, models.VOCABULARY) for _ in range(n)] for n in lengths]
 
 
+@contextmanager
 def start(
     model: Path, settings: dict[str, Any] | None, speculative: dict[str, Any] | None = None
-) -> Any:
+) -> Iterator[LLM]:
     method = (speculative or {}).get("method", "")
-    return engine(
-        settings,
-        model=str(model),
-        dtype="float32",
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        max_num_batched_tokens=128,
-        num_gpu_blocks_override=BLOCKS.get(method, 64),
-        kv_cache_memory_bytes=1 << 27,
-        speculative_config=speculative,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        if method == "ngram":
+            # It loads numba, and vLLM's CPU build starts no further engine in such a process.
+            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+        with engine(
+            settings,
+            model=str(model),
+            dtype="float32",
+            skip_tokenizer_init=True,
+            max_model_len=512,
+            max_num_batched_tokens=128,
+            num_gpu_blocks_override=BLOCKS.get(method, 64),
+            kv_cache_memory_bytes=1 << 27,
+            speculative_config=speculative,
+        ) as llm:
+            yield llm
 
 
 def measure(llm: LLM) -> Run:
@@ -115,18 +121,13 @@ def speculative(folder: Path, method: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def plain(folder: Path) -> Iterator[dict[str, Run]]:
+def plain(folder: Path) -> dict[str, Run]:
     """Of the dense engine without drafts, by target."""
     made = {}
     for name in ("llama", "mtp"):
         with start(folder / name, None) as llm:
             made[name] = measure(llm)
-    with pytest.MonkeyPatch.context() as patch:
-        # These engines have put C++ in the place of vLLM's Triton kernels; vLLM does it anew for
-        # every engine and stumbles over numba, once n-gram drafts have loaded that.
-        hook = "register_triton_kernel_overrides"
-        patch.setattr(type(current_platform), hook, classmethod(lambda cls: None))
-        yield made
+    return made
 
 
 def test_drafts_change_no_text_and_are_taken_as_often(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from vllm_sparsekv.engine import report
@@ -20,6 +21,7 @@ from vllm_sparsekv.engine.compat import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     layer_index,
+    of_ranks,
     platform_backend,
     reads_first_group,
     register_before,
@@ -46,6 +48,7 @@ def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> N
         ValueError: a layer needs what sparse pages do not support; names it.
         BuildError: ``SPARSEKV_KERNELS=native`` and they cannot be built.
     """
+    _refuse_unequal_settings(vllm_config)
     backends: dict[SparseFormat, type[SparseKVBackend]] = {}
     reasons = set()
     for name, layer in sparse_layers(vllm_config).items():
@@ -85,6 +88,20 @@ def sparse_layers(vllm_config: VllmConfig) -> dict[str, Any]:
         for name, layer in attention_layers(vllm_config).items()
         if isinstance(layer.impl, SparseKVImpl)
     }
+
+
+def _refuse_unequal_settings(vllm_config: VllmConfig) -> None:
+    """Refuse nodes that were started with different settings; each makes its own configuration."""
+    mine = asdict(settings_of(vllm_config))
+    if mine["basis_sha256"]:
+        del mine["basis"]  # nodes may keep the same file in different places
+    for other in of_ranks(vllm_config, mine):
+        for name in sorted(mine.keys() | other.keys()):
+            if mine.get(name) != other.get(name):
+                raise ValueError(
+                    f"sparsekv.{name}={mine.get(name)!r} here and {other.get(name)!r} on another "
+                    f"rank of the engine: must be the same on all nodes"
+                )
 
 
 def _refuse_unsupported(name: str, layer: Any) -> None:

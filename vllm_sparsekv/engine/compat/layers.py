@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.config.vllm import get_layers_from_vllm_config
+from vllm.distributed import get_pp_group, get_tp_group
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend
@@ -22,6 +23,17 @@ def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
     from vllm.model_executor.layers.attention import Attention
 
     return get_layers_from_vllm_config(vllm_config, Attention)
+
+
+def of_ranks(vllm_config: VllmConfig, value: Any) -> list[Any]:
+    """This rank's value and those of the ranks that share its layers or its heads."""
+    found = [value]
+    if vllm_config.parallel_config.world_size > 1:
+        for group in (get_tp_group(), get_pp_group()):
+            values = [None] * group.world_size
+            torch.distributed.all_gather_object(values, value, group=group.cpu_group)
+            found += values
+    return found
 
 
 def layer_index(layer_name: str) -> int:
