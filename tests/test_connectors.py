@@ -222,7 +222,7 @@ def test_bytes_of_a_token_below_the_cache(tmp_path):
     )
     layers = build_layers(given, dict.fromkeys(range(32), Layer()))
     made = plan(given)
-    lines = report.lines(given, {layer.layer_name: layer for layer in layers}, {})
+    lines = report.lines(given, {layer.layer_name: layer for layer in layers}, {}, {}, set())
     assert lines[-1] == (
         "sparsekv: OffloadingConnector keeps and moves 29696 bytes per token against 131072 dense "
         "(4.41x)"

@@ -126,7 +126,8 @@ def _pack_rows(
     values = page + (VECTORS[3] + offset * VECTORS[4])
     element = tl.arange(0, PADDED)[None, :]
     x = tl.load(source[:, None] + element, mask=real[:, None] & (element < D), other=0)
-    x = tl.where(x == x, x, float("nan"))  # one NaN
+    wide = x.to(tl.float32)
+    x = tl.where(wide == wide, x, float("nan"))  # one NaN
     integer: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
     bits = x.to(integer, bitcast=True)
     magnitude = bits.to(tl.int32) & ((1 << (BITS - 1)) - 1)
