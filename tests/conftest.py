@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from vllm_sparsekv.kernels.cpu import build, ops
+
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("repeatable")
 
@@ -27,6 +29,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name.startswith(("test_engine_", "test_serve")):
             item.add_marker("engine")
+
+
+@pytest.fixture(params=build.ISA_FLAGS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The native kernels on each instruction set of this machine."""
+    if request.param not in build.supported_isas():
+        pytest.skip(f"this machine does not run {request.param}")
+    ops.use_isa(request.param)
+    yield request.param
+    ops.use_isa(None)
 
 
 @pytest.fixture(scope="module")

@@ -23,21 +23,12 @@ from helpers import (
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 
 from vllm_sparsekv.format.codecs import CODECS
-from vllm_sparsekv.kernels.cpu import build, ops
+from vllm_sparsekv.kernels.cpu import ops
 
 NATIVE = Ops(ops.pack, ops.sparse_attention, ops.write_window)
 STORED = [("auto", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float16)] + [
     (codec, torch.bfloat16) for codec in ("fp8", "int4", "int3", "int2", "int4_int2")
 ]
-
-
-@pytest.fixture(params=build.ISA_FLAGS)
-def isa(request):
-    if request.param not in build.supported_isas():
-        pytest.skip(f"this machine does not run {request.param}")
-    ops.use_isa(request.param)
-    yield request.param
-    ops.use_isa(None)
 
 
 @pytest.fixture(params=[1, 2])

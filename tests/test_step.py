@@ -11,7 +11,6 @@ from ragged import batches
 
 from vllm_sparsekv.format.basis import Basis, LayerBasis
 from vllm_sparsekv.kernels import api
-from vllm_sparsekv.kernels.cpu import build, ops
 from vllm_sparsekv.kernels.cpu.step import step as fused
 
 BF16 = torch.bfloat16
@@ -35,15 +34,6 @@ CASES = [
     pytest.param(replace(CaseSpec(requests), **INTEGERS), id=name)
     for name, requests in {"empty rows": (Request(0, 0),), "no requests": ()}.items()
 ]
-
-
-@pytest.fixture(params=build.ISA_FLAGS)
-def isa(request):
-    if request.param not in build.supported_isas():
-        pytest.skip(f"this machine does not run {request.param}")
-    ops.use_isa(request.param)
-    yield request.param
-    ops.use_isa(None)
 
 
 @pytest.fixture(params=["model's own", "calibrated"])
