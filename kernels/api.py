@@ -163,12 +163,10 @@ def sparse_attention(
         ValueError: a shape or dtype does not fit the format; names the argument.
     """
     _check_queries(query, key, value, out, fmt, sliding_window, soft_cap, sinks)
-    _check_pages(pages, key.shape[1], fmt)
-    _check_indices(1, torch.int32, query_start_loc=query_start_loc, seq_lens=seq_lens)
-    _check_indices(2, torch.int32, block_table=block_table)
-    if fmt.window:
-        _check_window(window, window_block_table, key.shape[1], fmt)
-    else:
+    _check_batch(
+        key, pages, window, query_start_loc, seq_lens, block_table, window_block_table, fmt
+    )
+    if not fmt.window:
         window = window_block_table = None
     scratch = {} if workspace is None else {"workspace": workspace}
     implementation(pages.device.type).sparse_attention(
@@ -290,13 +288,10 @@ def _check_step(
     key, value = kept if key is None else (key, value)
     options = (layer.sliding_window, layer.soft_cap, layer.sinks)
     _check_queries(query, key, value, out, fmt, *options)
-    _check_pages(pages, key.shape[1], fmt)
-    _check_indices(1, torch.int32, query_start_loc=batch.query_start_loc, seq_lens=batch.seq_lens)
-    _check_indices(1, torch.int64, slot_mapping=batch.slot_mapping)
-    _check_indices(2, torch.int32, block_table=batch.block_table)
-    if fmt.window:
-        _check_window(window, batch.window_block_table, key.shape[1], fmt)
-    elif window is not None:
+    starts, seq_lens, block_table, slot_mapping, window_block_table = batch
+    _check_batch(key, pages, window, starts, seq_lens, block_table, window_block_table, fmt)
+    _check_indices(1, torch.int64, slot_mapping=slot_mapping)
+    if window is not None and not fmt.window:
         raise ValueError("window is given: the format keeps no tokens dense, must be None")
 
 
@@ -323,6 +318,24 @@ def _check_queries(
         raise ValueError(
             f"sinks are {sinks.dtype} of shape {tuple(sinks.shape)}: must be ({heads},) floats"
         )
+
+
+def _check_batch(
+    key: torch.Tensor,
+    pages: torch.Tensor,
+    window: torch.Tensor | None,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor | None,
+    fmt: SparseFormat,
+) -> None:
+    """What attention reads besides the step's own tokens."""
+    _check_pages(pages, key.shape[1], fmt)
+    _check_indices(1, torch.int32, query_start_loc=query_start_loc, seq_lens=seq_lens)
+    _check_indices(2, torch.int32, block_table=block_table)
+    if fmt.window:
+        _check_window(window, window_block_table, key.shape[1], fmt)
 
 
 def _check_vectors(fmt: SparseFormat, **vectors: torch.Tensor) -> None:

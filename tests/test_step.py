@@ -136,6 +136,17 @@ def test_memory_that_moves(spec, layer, case):
     assert len({x.data_ptr() for x in held}) == 4
 
 
+@pytest.mark.parametrize("spec", [replace(CaseSpec(batches(64)["decode"], sinks=True), **INTEGERS)])
+def test_sinks_that_change_in_place(spec, layer, case):
+    """As weights that are updated while a server runs."""
+    case = replace(case, sinks=case.sinks.bfloat16())
+    before = run(case, layer)
+    case.sinks.add_(3)
+    after = run(case, layer)
+    assert not torch.equal(after, before)
+    assert_same_bytes(after, run(case, replace(layer, state=None)))
+
+
 @pytest.mark.parametrize("spec", [replace(CaseSpec(batches(64)["decode"]), **INTEGERS)])
 def test_refusals(spec, layer, case):
     arguments = {

@@ -14,13 +14,13 @@ constexpr int MIN_PART = 256;  // tokens of history worth a unit of their own
 constexpr int UNITS_PER_THREAD = 4;
 
 // What rows are multiplied with, (head_size x head_size) per KV head, and the mean that is taken off
-// before or added after. Without a matrix nothing changes. Mirrors ops.Change.
+// before or added after. Without a matrix nothing changes. Mirrors calls.Change.
 struct Change {
     const float *matrix, *mean;
     int64_t matrix_stride;  // 0: all heads share it
 };
 
-// Mirrors ops.AttentionCall. Strides count elements, those of pages and window bytes.
+// Mirrors calls.AttentionCall. Strides count elements, those of pages and window bytes.
 struct AttentionCall {
     const uint8_t *query, *key, *value;
     uint8_t* out;

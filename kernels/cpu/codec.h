@@ -5,7 +5,7 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
-// The numbers are those of STORAGE in kernels/cpu/ops.py.
+// The numbers are those of STORAGE in kernels/cpu/calls.py.
 enum Storage : int32_t {
     FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, FP8 = 3, INT4 = 4, INT3 = 5, INT2 = 6, INT4_INT2 = 7
 };

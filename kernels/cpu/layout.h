@@ -11,7 +11,7 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
-// Mirrors ops.VectorLayout.
+// Mirrors calls.VectorLayout.
 struct VectorLayout {
     int32_t survivors;
     int32_t storage;
@@ -19,7 +19,7 @@ struct VectorLayout {
     int value_bytes() const { return survivors * storage_bits(storage) / 8; }
 };
 
-// Mirrors ops.Layout.
+// Mirrors calls.Layout.
 struct Layout {
     int32_t head_size;
     int32_t storage;  // of the model

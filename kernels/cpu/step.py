@@ -79,6 +79,9 @@ def step(
         attention.window_block_table = table.data_ptr()
         attention.window_block_table_stride = table.stride(0)
         attention.blocks_per_ring = table.shape[1]
+    if layer.sinks is not None:
+        sinks = layer.sinks.float().contiguous()  # weights, which may change in place
+        attention.sinks = sinks.data_ptr()
     attention.num_threads = torch.get_num_threads()
     call.fills_window = fills_window and window is not None
     kernel("step")(ctypes.byref(call))
@@ -117,7 +120,6 @@ def _state(
         attention.window = memory[1]
         attention.window_stride, attention.window_head_stride = byte_strides(window)
         attention.slots_per_block = window.shape[2]
-    attention.sinks = pointer(layer.sinks)
     attention.num_heads, attention.num_kv_heads = memory[2], pages.shape[1]
     attention.num_blocks, attention.block_size = pages.shape[0], pages.shape[2]
     attention.sliding_window = reach(layer.sliding_window)

@@ -12,7 +12,7 @@ namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int MAX_HEAD_SIZE = 1024;
 
-// Mirrors ops.PackCall. Strides count elements, those of the pages bytes.
+// Mirrors calls.PackCall. Strides count elements, those of the pages bytes.
 struct PackCall {
     const uint8_t *key, *value;
     uint8_t* pages;

@@ -9,7 +9,7 @@ namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int CHANGE_ROWS = 16;  // rows that share the loads of a matrix
 
-// Mirrors ops.StepCall.
+// Mirrors calls.StepCall.
 struct StepCall {
     AttentionCall attention;  // query, key and value of the model; the key is nullptr where `kept` are read
     Change key_change, query_change, value_change;

@@ -5,7 +5,7 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
-// Mirrors ops.WindowCall. Strides count elements, those of the window bytes.
+// Mirrors calls.WindowCall. Strides count elements, those of the window bytes.
 struct WindowCall {
     const uint8_t *key, *value;
     uint8_t* window;

@@ -9,6 +9,7 @@ from typing import Any
 from vllm_sparsekv.engine.admission import drafter_settings, layer_format, logger, settings_of
 from vllm_sparsekv.engine.backend import SparseKVBackend
 from vllm_sparsekv.engine.compat import VllmConfig, has_drafter, state_pages
+from vllm_sparsekv.engine.skip import dense_token_bytes
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
@@ -111,13 +112,9 @@ def _skipped_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str,
 def _transfer_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str, Any]) -> str:
     """What a token costs wherever pages are kept or moved to."""
     dense = [layer for layer in skipped.values() if not layer.kv_sharing_target_layer_name]
-    left, stored = (
-        [(layer.num_kv_heads, layer_format(vllm_config, layer.head_size)) for layer in layers]
-        for layers in (dense, sparse)
-    )
-    unskipped = sum(heads * fmt.dense_token_bytes for heads, fmt in left)
-    total = unskipped + sum(heads * fmt.token_bytes for heads, fmt in stored)
-    without = unskipped + sum(heads * fmt.dense_token_bytes for heads, fmt in stored)
+    unskipped = sum(map(dense_token_bytes, dense))
+    stored = sum(layer.num_kv_heads * layer.impl.cache.format.token_bytes for layer in sparse)
+    total, without = unskipped + stored, unskipped + sum(map(dense_token_bytes, sparse))
     return (
         f"sparsekv: {vllm_config.kv_transfer_config.kv_connector} keeps and moves {total} bytes "
         f"per token against {without} dense ({without / total:.2f}x)"

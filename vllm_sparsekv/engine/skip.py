@@ -71,7 +71,7 @@ def leave_dense(
     backends = {name: platform_backend(vllm_config, layer) for name, layer in skipped.items()}
     backends |= {name: layer.attn_backend for name, layer in others.items()}
     layers = skipped | others
-    dense = {name: (backend, _token_bytes(layers[name])) for name, backend in backends.items()}
+    dense = {name: (backend, dense_token_bytes(layers[name])) for name, backend in backends.items()}
     smallest = max(_block_size(backend, 0) * size for backend, size in dense.values())
     needed = math.ceil(smallest / token_bytes / BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
     cache = vllm_config.cache_config
@@ -90,7 +90,8 @@ def leave_dense(
             others[name].attn_backend = fitting
 
 
-def _token_bytes(layer: Any) -> int:
+def dense_token_bytes(layer: Any) -> int:
+    """What a token of the layer takes in the model's dtype."""
     size = layer.head_size + layer.head_size_v
     return layer.num_kv_heads * size * layer.kv_cache_torch_dtype.itemsize
 
