@@ -31,6 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("engine")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    """What a module's tests leave in the environment ends with them: other engines inherit it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(params=build.ISA_FLAGS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """The native kernels on each instruction set of this machine."""
