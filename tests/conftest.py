@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 # Each of several test processes gets cores of its own, which engines it starts inherit; before
@@ -55,6 +56,15 @@ def environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_inspected_here() -> Iterator[None]:
+    """vLLM starts a process for every architecture it has not seen, to keep CUDA out of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if registry := sys.modules.get("vllm.model_executor.models.registry"):
+            patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
 
 
 @pytest.fixture(params=build.ISA_FLAGS)
