@@ -67,11 +67,14 @@ print-model:
 demo: $(SETUP) model
 	$(BIN)/python examples/demo.py $(MODEL)
 
+# A file a process, the longest first as tests/conftest.py orders them.
+PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: $(SETUP) model
-	$(BIN)/pytest -n auto --dist loadfile tests
+	$(PYTEST) tests
 
 test-unit: $(SETUP) model
-	$(BIN)/pytest -n auto --dist loadfile -m "not engine" tests
+	$(PYTEST) -m "not engine" tests
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

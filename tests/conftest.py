@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
-import pytest
-import torch
-from hypothesis import settings
+# Each of several test processes gets cores of its own, which engines it starts inherit; before
+# torch is there, which takes a thread a core, as more of them wait for each other most of the time.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    index, count = int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, cores[index % len(cores) :: count])
 
-from vllm_sparsekv.kernels.cpu import build, ops
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+from vllm_sparsekv.kernels.cpu import build, ops  # noqa: E402
 
 settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=100)
 settings.load_profile("repeatable")
 
 
-def pytest_configure() -> None:
-    """Give each of several test processes cores of its own, which engines it starts inherit."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None:
-        index, count = int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
-        cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, cores[index % len(cores) :: count])
+LONGEST = [
+    "test_engine_families.py",
+    "test_interpreted_triton.py",
+    "test_engine_calibrate.py",
+    "test_engine_drafters.py",
+    "test_aot.py",
+    "test_build_cpu.py",
+]
+"""Minutes each, so they start first; several test processes take a file each."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +39,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name.startswith(("test_engine_", "test_serve")):
             item.add_marker("engine")
+
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        name = item.path.name
+        early = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        return early, item.get_closest_marker("engine") is None
+
+    items.sort(key=place)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -39,6 +56,15 @@ def environment() -> Iterator[None]:
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def models_inspected_here() -> Iterator[None]:
+    """vLLM starts a process for every architecture it has not seen, to keep CUDA out of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        if registry := sys.modules.get("vllm.model_executor.models.registry"):
+            patch.setattr(registry, "_run_in_subprocess", lambda inspect: inspect())
+        yield
 
 
 @pytest.fixture(params=build.ISA_FLAGS)

@@ -56,7 +56,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 """What the matrix varies; codecs and sparsities are (key, value), window is (window, lookahead)."""
 
 
-def _pairwise(axes: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+def pairwise(axes: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Few combinations in which every pair of values of two axes meets at least once."""
     names = list(axes)
     pairs = list(itertools.combinations(names, 2))
@@ -108,7 +108,7 @@ EMPTY = (
 
 
 def _matrix(axes: dict[str, tuple[Any, ...]]) -> tuple[CaseSpec, ...]:
-    return tuple(_spec(seed, chosen) for seed, chosen in enumerate(_pairwise(axes)))
+    return tuple(_spec(seed, chosen) for seed, chosen in enumerate(pairwise(axes)))
 
 
 RAGGED_MATRIX: tuple[CaseSpec, ...] = (*_matrix(AXES), *EMPTY)

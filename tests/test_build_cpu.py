@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import itertools
 import logging
@@ -293,37 +292,27 @@ def test_unsupported_instruction_set_is_refused():
         ops.use_isa("sse9")
 
 
-@pytest.fixture(scope="module")
-def built_together(tmp_path_factory):
-    """The cache folder after three processes that started together loaded the library."""
-    cache = tmp_path_factory.mktemp("cache")
+def test_processes_build_once(own_cache):
     code = "from vllm_sparsekv.kernels.cpu import build; build.library()"
-    environment = os.environ | {"XDG_CACHE_HOME": str(cache)}
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
     assert [process.wait(timeout=300) for process in processes] == [0, 0, 0]
-    return cache / "vllm_sparsekv" / "kernels"
+    assert compiled(own_cache) == 1
+    assert sorted(path.suffix for path in own_cache.iterdir()) == ["", ".so"]
 
 
-def test_processes_build_once(built_together):
-    assert sorted(path.suffix for path in built_together.iterdir()) == ["", ".so"]
-
-
-def test_one_library_holds_every_instruction_set(built_together):
+def test_one_library_holds_every_instruction_set():
     """Also those this machine cannot run."""
-    (path,) = built_together.glob("*.so")
-    library = ctypes.CDLL(str(path))
     for kernel, isa in itertools.product(
         ("attention", "pack", "write_window"), build.compiled_isas()
     ):
-        assert hasattr(library, f"sparsekv_{kernel}_{isa}")
+        assert hasattr(build.library(), f"sparsekv_{kernel}_{isa}")
 
 
 @pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
 @pytest.mark.skipif("avx2" not in build.compiled_isas(), reason="one instruction set only")
-def test_instructions_stay_in_their_functions(built_together):
+def test_instructions_stay_in_their_functions():
     """What an older processor cannot run lies in functions of the newer instruction sets alone."""
-    (path,) = built_together.glob("*.so")
-    command = ["objdump", "-d", "--no-show-raw-insn", path]
+    command = ["objdump", "-d", "--no-show-raw-insn", build.library()._name]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {isa: 0 for isa in build.ISA_FLAGS}
     isa = "portable"
@@ -348,11 +337,13 @@ def test_instructions_stay_in_their_functions(built_together):
 def test_sanitizers_find_nothing(isa, tmp_path):
     if isa not in build.supported_isas():
         pytest.skip(f"this machine does not run {isa}")
+    if isa == "avx512" and "amx" in build.supported_isas():
+        pytest.skip("amx holds its code")
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         pytest.skip("no C++ compiler")
     driver = tmp_path / "sanitize"
-    flags = ["-std=c++17", "-O1", "-g", "-w", "-fopenmp", *build.ISA_FLAGS[isa]]
+    flags = ["-std=c++17", "-O0", "-g1", "-w", "-fopenmp", *build.ISA_FLAGS[isa]]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     subprocess.run(
         [compiler, *flags, *sanitizers, str(CPP / "sanitize.cpp"), "-o", str(driver)], check=True
@@ -361,7 +352,7 @@ def test_sanitizers_find_nothing(isa, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     run = subprocess.run([driver], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    assert run.stdout == "102 batches\n"
+    assert run.stdout == "34 batches\n"
 
 
 SPEC = CaseSpec((Request(70, 2),), padding=0)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,46 +113,63 @@ def dense(family: str, model: Path) -> list[dict[int, float]]:
         return answers(llm, lengths(family))
 
 
-def test_whole_prompts_alone_and_together_and_preempted(
-    family: str, model: Path, dense: list
-) -> None:
+@pytest.fixture(scope="module")
+def sparse(family: str, model: Path, dense: list) -> Iterator[LLM]:
     """Few blocks: a crowd of requests outgrows them."""
-    few = few_blocks(family)
+    with start(model, LOSSLESS, **few_blocks(family), **options(family)) as llm:
+        yield llm
+
+
+def test_whole_prompts_alone_and_together_and_preempted(
+    family: str, sparse: LLM, dense: list
+) -> None:
     crowd = prompts(1, (124,) * 26)
-    with start(model, LOSSLESS, **few, **options(family)) as llm:
-        together = answers(llm, lengths(family))
-        alone = [answers(llm, (n,))[0] for n in lengths(family)]
-        if few:
-            apart = [text for i in (0, 13) for text in texts(generate(llm, crowd[i : i + 13], 8))]
-            assert llm.reset_prefix_cache() or family in STATE
-            before = metric(llm, "vllm:num_preemptions")
-            assert texts(generate(llm, crowd, 8)) == apart
-            assert metric(llm, "vllm:num_preemptions") > before
+    together = answers(sparse, lengths(family))
+    alone = [answers(sparse, (n,))[0] for n in lengths(family)]
+    if few_blocks(family):
+        apart = [text for i in (0, 13) for text in texts(generate(sparse, crowd[i : i + 13], 8))]
+        assert sparse.reset_prefix_cache() or family in STATE
+        before = metric(sparse, "vllm:num_preemptions")
+        assert texts(generate(sparse, crowd, 8)) == apart
+        assert metric(sparse, "vllm:num_preemptions") > before
     for expected, *actual in zip(dense, together, alone, strict=True):
         for answer in actual:
             assert_close(answer, expected, log_probability_error(family))
 
 
-def test_small_chunks_prefix_hits_and_reused_blocks(family: str, model: Path, dense: list) -> None:
-    few = {} if family in STATE else few_blocks(family)
-    with start(model, LOSSLESS, max_num_batched_tokens=64, **few, **options(family)) as llm:
-        fresh = answers(llm, lengths(family))
-        for answer, expected in zip(fresh, dense, strict=True):
-            assert_close(answer, expected, log_probability_error(family))
-        if family in STATE:
-            return
-        assert llm.reset_prefix_cache()
-        (prompt,) = prompts(2, (300,))
-        cold = generate(llm, [prompt], 1, logprobs=20)[0]
-        assert cold.num_cached_tokens == 0
-        for seed in range(3):
-            generate(llm, prompts(10 + seed, (280, 200, 270)), 1)
-            warm = generate(llm, [prompt], 1, logprobs=20)[0]
-            assert warm.num_cached_tokens == 256
-            assert_close(first_logprobs(warm), first_logprobs(cold), log_probability_error(family))
-        assert llm.reset_prefix_cache()
-        for answer, expected in zip(answers(llm, lengths(family)), fresh, strict=True):
-            assert_close(answer, expected, log_probability_error(family))
+def test_small_chunks_prefix_hits_and_reused_blocks(
+    family: str, sparse: LLM, dense: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine of the test above, which now reads 64 tokens a step."""
+    scheduler = sparse.llm_engine.engine_core.engine_core.scheduler
+    monkeypatch.setattr(scheduler, "max_num_scheduled_tokens", 64)
+    error = log_probability_error(family)
+    assert sparse.reset_prefix_cache() or family in STATE
+    schedule, most = scheduler.schedule, []
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        step = schedule(*args, **kwargs)
+        most.append(step.total_num_scheduled_tokens)
+        return step
+
+    monkeypatch.setattr(scheduler, "schedule", noting)
+    for answer, expected in zip(answers(sparse, lengths(family)), dense, strict=True):
+        assert_close(answer, expected, error)
+    assert max(most) == 64
+    if family in STATE:
+        return
+    assert sparse.reset_prefix_cache()
+    (prompt,) = prompts(2, (300,))
+    cold = generate(sparse, [prompt], 1, logprobs=20)[0]
+    assert cold.num_cached_tokens == 0
+    for seed in range(3):
+        generate(sparse, prompts(10 + seed, (280, 200, 270)), 1)
+        warm = generate(sparse, [prompt], 1, logprobs=20)[0]
+        assert warm.num_cached_tokens == 256
+        assert_close(first_logprobs(warm), first_logprobs(cold), error)
+    assert sparse.reset_prefix_cache()
+    for answer, expected in zip(answers(sparse, lengths(family)), dense, strict=True):
+        assert_close(answer, expected, error)
 
 
 FEATURES = {

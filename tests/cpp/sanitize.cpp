@@ -139,23 +139,24 @@ int main() {
     syscall(SYS_arch_prctl, 0x1023, 18);  // asks for the tile registers
 #endif
     int batches = 0;
+    const int models[] = {int(FLOAT32), int(BFLOAT16), int(FLOAT16)};
     for (const int head_size : {16, 64, 80, 96, 128, 256})
-        for (const int storage : {-1, int(FP8), int(INT4), int(INT3), int(INT2), int(INT4_INT2)})
-            for (const int model : {int(FLOAT32), int(BFLOAT16), int(FLOAT16)}) {
-                if (storage == INT4_INT2 && head_size % 32) continue;
-                const int block_size = batches % 2 ? 16 : 64, window = batches % 3 ? 24 : 0;
-                const int stored = storage < 0 ? model : storage;
-                const int value_stored = batches % 4 && storage != INT4_INT2 ? stored : int(INT4);
-                // One of `divisor` elements survives, or all of them.
-                const auto survivors = [&](int storage, int divisor) {
-                    return storage >= INT3 ? head_size : (head_size / divisor + 3) / 4 * 4;
-                };
-                const VectorLayout key{survivors(stored, batches / 3 % 2 + 1), stored};
-                const VectorLayout value{survivors(value_stored, batches / 2 % 3 + 1), value_stored};
-                const int sliding_windows[] = {0, 1, 20, 0, 100};
-                run_batch({head_size, 1 + batches % 7, block_size, window, model, key, value, 1 + batches % 2,
-                           sliding_windows[batches % 5], batches % 3 == 1 ? 2.f : 0.f, batches % 4 > 1, batches % 3 != 0});
-                ++batches;
-            }
+        for (const int storage : {-1, int(FP8), int(INT4), int(INT3), int(INT2), int(INT4_INT2)}) {
+            if (storage == INT4_INT2 && head_size % 32) continue;
+            const int model = models[batches / 5 % 3];
+            const int block_size = batches % 2 ? 16 : 64, window = batches % 3 ? 24 : 0;
+            const int stored = storage < 0 ? model : storage;
+            const int value_stored = batches % 4 && storage != INT4_INT2 ? stored : int(INT4);
+            // One of `divisor` elements survives, or all of them.
+            const auto survivors = [&](int storage, int divisor) {
+                return storage >= INT3 ? head_size : (head_size / divisor + 3) / 4 * 4;
+            };
+            const VectorLayout key{survivors(stored, batches / 3 % 2 + 1), stored};
+            const VectorLayout value{survivors(value_stored, batches / 2 % 3 + 1), value_stored};
+            const int sliding_windows[] = {0, 1, 20, 0, 100};
+            run_batch({head_size, 1 + batches % 7, block_size, window, model, key, value, 1 + batches % 2,
+                       sliding_windows[batches % 5], batches % 3 == 1 ? 2.f : 0.f, batches % 4 > 1, batches % 3 != 0});
+            ++batches;
+        }
     std::printf("%d batches\n", batches);
 }

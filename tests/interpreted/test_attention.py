@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, build_case
-from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
+from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX, pairwise
 
 from vllm_sparsekv.kernels.attention import history
 from vllm_sparsekv.kernels.attention import triton as attention
@@ -18,8 +19,13 @@ from vllm_sparsekv.kernels.attention.arguments import Oldest
 TRITON = Ops(REFERENCE.pack, attention.sparse_attention, REFERENCE.write_window)
 SLACK = {torch.float32: 3e-6, torch.float16: 6e-4, torch.bfloat16: 1.6e-2}
 """Softmax weights meet the values in the values' type; the rest is float32."""
-MAX_HISTORY = 450
+MAX_HISTORY = 300
 """Tokens of history; the interpreter takes a second for some hundred."""
+
+
+def pairs(**axes: tuple[Any, ...]) -> pytest.MarkDecorator:
+    """Parameters of which every pair meets."""
+    return pytest.mark.parametrize(list(axes), [list(chosen.values()) for chosen in pairwise(axes)])
 
 
 def matches(spec: CaseSpec) -> None:
@@ -53,9 +59,7 @@ CODECS = ("auto", "fp8", "int4")
 DECODE = (Request(0, 1), Request(200, 1), Request(63, 1, hit=40), Request(0, 0))
 
 
-@pytest.mark.parametrize("value_dtype", CODECS)
-@pytest.mark.parametrize("key_dtype", CODECS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pairs(dtype=(torch.float16, torch.bfloat16), key_dtype=CODECS, value_dtype=CODECS)
 def test_every_pair_of_codecs(dtype, key_dtype, value_dtype):
     matches(
         CaseSpec(
@@ -88,35 +92,25 @@ def mixed(head_size: int, sparsities: tuple[float, float], codecs: tuple[str, st
     )
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize(
-    ("key_sparsity", "value_sparsity"),
-    [(0.0, 0.5), (0.5, 0.0), (0.0, 0.0)],
-    ids=["all of keys", "all of values", "all of both"],
-)
-@pytest.mark.parametrize("head_size", [64, 96])
-def test_vectors_without_a_bitmap(head_size, key_sparsity, value_sparsity, codec):
+@pairs(head_size=(64, 96), sparsities=((0.0, 0.5), (0.5, 0.0), (0.0, 0.0)), codec=CODECS)
+def test_vectors_without_a_bitmap(head_size, sparsities, codec):
     """96 fills no power of two."""
-    matches(mixed(head_size, (key_sparsity, value_sparsity), (codec, codec)))
+    matches(mixed(head_size, sparsities, (codec, codec)))
 
 
-WHOLE_CODECS = [("int4", "int3"), ("int3", "int3"), ("int3", "int2"), ("int2", "int2")]
+WHOLE_CODECS = (("int4", "int3"), ("int3", "int3"), ("int3", "int2"), ("int2", "int2"))
 
 
-@pytest.mark.parametrize("capability", [0, 90])
-@pytest.mark.parametrize(("key_dtype", "value_dtype"), WHOLE_CODECS)
-@pytest.mark.parametrize("head_size", [80, 96, 128])
-def test_whole_vectors_of_few_bits(monkeypatch, head_size, key_dtype, value_dtype, capability):
+@pairs(head_size=(80, 96, 128), codecs=WHOLE_CODECS, capability=(0, 90))
+def test_whole_vectors_of_few_bits(monkeypatch, head_size, codecs, capability):
     """80 has no whole words. Two bits reach further, and other GPUs round them to bfloat16."""
     monkeypatch.setattr(attention, "capability", lambda device: capability)
-    spec = mixed(head_size, (0.0, 0.0), (key_dtype, value_dtype))
-    rounded_codes = key_dtype == "int2" and not capability
+    spec = mixed(head_size, (0.0, 0.0), codecs)
+    rounded_codes = codecs[0] == "int2" and not capability
     assert_attention(build_case(spec), TRITON, SLACK[spec.dtype] * (1.4 if rounded_codes else 1))
 
 
-@pytest.mark.parametrize("capability", [0, 90])
-@pytest.mark.parametrize("value_dtype", ["int3", "fp8"])
-@pytest.mark.parametrize("head_size", [32, 96, 128, 160])
+@pairs(head_size=(32, 96, 128, 160), value_dtype=("int3", "fp8"), capability=(0, 90))
 def test_keys_of_two_bands(monkeypatch, head_size, value_dtype, capability):
     """Halves of 48 and 80 fill no power of two."""
     monkeypatch.setattr(attention, "capability", lambda device: capability)
@@ -140,10 +134,9 @@ def test_queries_near_the_end_of_float16(key_dtype):
     assert_attention(large, TRITON, SLACK[torch.float16])
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.5])
-@pytest.mark.parametrize("capability", [0, 80], ids=["not NVIDIA", "no fp8 conversion"])
-@pytest.mark.parametrize("codec", CODECS)
+@pairs(sparsity=(0.0, 0.5), capability=(0, 80), codec=CODECS)
 def test_other_gpus(monkeypatch, capability, codec, sparsity):
+    """Not of NVIDIA, and without a conversion of fp8."""
     monkeypatch.setattr(attention, "capability", lambda device: capability)
     matches(
         CaseSpec(
@@ -175,7 +168,7 @@ def split_into(monkeypatch):
 def test_splits_merge(split_into, splits):
     """More splits than any history fills included."""
     split_into(splits)
-    requests = (Request(1300, 1), Request(0, 3), Request(257, 2), Request(0, 0))
+    requests = (Request(500, 1), Request(0, 3), Request(257, 2), Request(0, 0))
     matches(CaseSpec(requests, num_kv_heads=1, group=2, dtype=torch.float32, window=16))
 
 
@@ -187,9 +180,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("capability", [0, 90], ids=["elements", "words"])
-@pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize("options", OPTIONS)
+@pairs(options=tuple(OPTIONS), block_size=(16, 64), capability=(0, 90))
 def test_options_in_splits(monkeypatch, split_into, options, block_size, capability):
     """Visible positions are shared out, sinks counted once; some splits have nothing.
 
