@@ -16,6 +16,7 @@ from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 import vllm_sparsekv
 from vllm_sparsekv.engine.metrics import describe, measure
+from vllm_sparsekv.kernels.api import kernel_name
 
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
@@ -48,13 +49,14 @@ def test_bytes_of_a_rank(config: Any) -> None:
     found = measure(config)
     assert found["dense_token"] == 3 * 2 * 512
     assert found["token"] == 2 * 2 * 116 + 2 * 512
-    assert found["kernels"].startswith("native ")
-    block = config.cache_config.block_size
-    page = block * 2 * 116
-    assert found["ring"] % page == 0 and found["ring"] >= 2 * 64 * 2 * 520
-    # Full and skipped layers keep 4,096 tokens; a sliding one its 256 and those of a step.
-    assert found["request"] > found["ring"] + 4096 * 2 * 116 + 4096 * 2 * 512
-    assert found["dense_request"] > 2 * 4096 * 2 * 512
+    assert found["kernels"] == kernel_name("cpu")
+    assert config.cache_config.block_size == 144
+    page = 144 * 2 * 116
+    # 64 slots of 520 bytes in 2 heads, in whole pages.
+    assert found["ring"] == 2 * 2 * page
+    # 4,096 tokens; a sliding window's 256 and the 2,048 of a step; 4,096 in blocks of 32.
+    assert found["request"] == found["ring"] + (29 + 17 + 128) * page
+    assert found["dense_request"] == (29 + 17 + 29) * 144 * 2 * 512
 
 
 def test_ranks_add_up(config: Any) -> None:
@@ -106,7 +108,12 @@ def test_answers_travel_with_the_ready_message_and_are_published(config: Any) ->
     answers = [measure(config)]
     config.compilation_config.sparsekv_measured = answers
     config.cache_config.num_gpu_blocks = 10
-    core = SimpleNamespace(vllm_config=config, engine_index=0, frontend_stats_publish_address=None)
+    core = SimpleNamespace(
+        vllm_config=config,
+        engine_index=0,
+        frontend_stats_publish_address=None,
+        scheduler=SimpleNamespace(get_kv_event_publisher_config=lambda: None),
+    )
     payload = msgspec.msgpack.encode(EngineCoreProc._make_ready_response(core))
     del config.compilation_config.sparsekv_measured
     client = SimpleNamespace(
