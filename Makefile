@@ -12,7 +12,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model gemma print-model demo test test-unit lint wheel bench-engine bench-step bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test test-unit lint docs wheel bench-engine bench-step bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make test          run the tests"
 	@echo "make test-unit     run the tests that start no engine"
 	@echo "make lint          check style"
+	@echo "make docs          build the documentation in build/docs; links and warnings are checked"
 	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
 	@echo "make bench-engine  measure the engine, dense against sparse"
 	@echo "make bench-step    measure decode steps and first tokens, both engines step by step in turn"
@@ -79,6 +80,11 @@ test-unit: $(SETUP) model
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(SETUP)
+	$(BIN)/python -m pip install -q $$($(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])')
+	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 # With a compiler it fits this platform and the kernels serve the torch of .venv; without, any.
 PREBUILT := kernels/cpu/prebuilt

@@ -100,6 +100,17 @@ def implementation(device_type: str) -> Implementation:
     return REFERENCE
 
 
+def kernel_name(device_type: str) -> str:
+    """What :func:`implementation` runs: "reference", "triton" or "native" and instruction set."""
+    if implementation(device_type) is REFERENCE:
+        return "reference"
+    if device_type == "cuda":
+        return "triton"
+    from vllm_sparsekv.kernels.cpu import ops
+
+    return f"native {ops.current_isa()}"
+
+
 def _native_cpu() -> Implementation:
     from vllm_sparsekv.kernels.cpu import ops
     from vllm_sparsekv.kernels.cpu.step import step

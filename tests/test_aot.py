@@ -1,7 +1,7 @@
 """What the attention kernel compiles to, without a GPU: instructions, registers, spills, memory.
 
 The instructions per unpacked element decide how fast decode can be at all; see
-``benchmarks/GPU.md``. Budgets are the figures measured with the pinned Triton plus about 3 %.
+``docs/pages/gpu.md``. Budgets are the figures measured with the pinned Triton plus about 3 %.
 """
 
 from __future__ import annotations

@@ -6,13 +6,20 @@ import importlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
 
 import vllm_sparsekv
 import vllm_sparsekv.kernels
+from vllm_sparsekv.kernels.cpu import build
 
 ROOT = Path(vllm_sparsekv.__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -46,7 +53,7 @@ print(api.__file__, importlib.util.find_spec("kernels"))
 
 
 def test_version_and_entry_point():
-    assert PROJECT["project"]["version"] == vllm_sparsekv.__version__
+    assert "version" not in PROJECT["project"]
     assert metadata.version("vllm-sparsekv") == vllm_sparsekv.__version__
     points = metadata.entry_points(group="vllm.general_plugins", name="sparsekv")
     assert {point.value for point in points} == {"vllm_sparsekv.engine.plugin:register"}
@@ -66,31 +73,96 @@ def test_commands_exist():
         assert callable(getattr(importlib.import_module(module), function))
 
 
-def test_wheel_holds_every_source_file(tmp_path):
-    source = tmp_path / "source"
+class Built(NamedTuple):
+    """A source distribution, and the wheel that was built from nothing else.
+
+    Attributes:
+        source: the files both were made from, and a compiled library.
+    """
+
+    source: Path
+    sdist: Path
+    wheel: Path
+
+    def files(self) -> set[str]:
+        """What an installation should hold, relative to where packages lie."""
+        kernels = (self.source / "kernels").rglob("*.*")
+        package = (self.source / "vllm_sparsekv").rglob("*.*")
+        return {f"vllm_sparsekv/{path.relative_to(self.source).as_posix()}" for path in kernels} | {
+            path.relative_to(self.source).as_posix() for path in package
+        }
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.so")
-    for folder in ("vllm_sparsekv", "kernels"):
-        shutil.copytree(ROOT / folder, source / folder, ignore=ignored)
-    for name in ("pyproject.toml", "LICENSE"):
+    for name in ("vllm_sparsekv", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    for name in ("pyproject.toml", "LICENSE", PROJECT["project"]["readme"]):
         shutil.copy(ROOT / name, source)
-    (source / PROJECT["project"]["readme"]).touch()
     (source / "kernels" / "cpu" / "prebuilt").mkdir()
     (source / "kernels" / "cpu" / "prebuilt" / "kernels-key-digest.so").touch()
-    build = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
-    subprocess.run(
-        [sys.executable, "-c", build, str(tmp_path)],
-        cwd=source,
-        check=True,
+
+    def make(kind: str, cwd: Path) -> None:
+        code = f"import sys; from setuptools import build_meta as b; b.build_{kind}(sys.argv[1])"
+        command = [sys.executable, "-c", code, str(folder)]
+        subprocess.run(command, cwd=cwd, check=True, capture_output=True, timeout=100)
+
+    make("sdist", source)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    make("wheel", unpacked)
+    (wheel,) = folder.glob("*.whl")
+    return Built(source, sdist, wheel)
+
+
+def test_wheel_holds_every_source_file(built: Built):
+    names = zipfile.ZipFile(built.wheel).namelist()
+    packed = {name for name in names if ".dist-info/" not in name}
+    assert packed == built.files()
+    assert {"vllm_sparsekv/py.typed", "vllm_sparsekv/kernels/step/cpu.cpp"} <= packed
+
+
+def test_both_are_named_by_the_one_version(built: Built):
+    version = vllm_sparsekv.__version__
+    assert built.sdist.name == f"vllm_sparsekv-{version}.tar.gz"
+    assert built.wheel.name == f"vllm_sparsekv-{version}-py3-none-any.whl"
+
+
+def test_an_installed_wheel_needs_no_file_of_the_repository(built: Built, tmp_path: Path):
+    """In an environment of its own, which sees torch's folder but none of the links into here."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index"]
+    subprocess.run([*map(str, pip), str(built.wheel)], check=True, capture_output=True, timeout=100)
+    code = """
+import sys
+from importlib import metadata
+from pathlib import Path
+import vllm_sparsekv
+sys.path.append(sys.argv[1])
+from vllm_sparsekv.kernels import api
+from vllm_sparsekv.kernels.cpu import build
+home = Path(vllm_sparsekv.__file__).parent
+assert home.is_relative_to(sys.prefix), home
+ours = [m.__file__ for n, m in sys.modules.items() if n.startswith("vllm_sparsekv")]
+assert len(ours) > 10 and all(Path(file).is_relative_to(home) for file in ours), ours
+assert all((build.KERNELS / source).stat().st_size for source in build.SOURCES)
+(here,) = metadata.distributions(name="vllm-sparsekv", path=[str(home.parent)])
+points = here.entry_points.select(group="vllm.general_plugins").names
+print(vllm_sparsekv.__version__, here.version, *sorted(points), build.key())
+"""
+    done = subprocess.run(
+        [python, "-c", code, Path(torch.__file__).parents[1]],
+        cwd=tmp_path,
         capture_output=True,
-        timeout=100,
+        text=True,
+        timeout=200,
     )
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    kernels = {
-        f"vllm_sparsekv/{path.relative_to(source).as_posix()}"
-        for path in (source / "kernels").rglob("*.*")
-    }
-    package = {
-        path.relative_to(source).as_posix() for path in (source / "vllm_sparsekv").rglob("*.*")
-    }
-    assert packed == kernels | package
+    assert done.returncode == 0, done.stderr
+    version = vllm_sparsekv.__version__
+    assert done.stdout.split() == [version, version, "sparsekv", "vllm_sparsekv", build.key()]

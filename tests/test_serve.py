@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,6 +20,9 @@ import pytest
 from engines import MODEL
 from openai import OpenAI
 
+import vllm_sparsekv
+from vllm_sparsekv.kernels.api import kernel_name
+
 START_SECONDS = 300
 SETTINGS = {
     "sparsekv": {
@@ -27,6 +31,21 @@ SETTINGS = {
         "key_dtype": "auto",
         "value_dtype": "auto",
     }
+}
+
+SETTINGS_SHOWN = {
+    "model_name": "demo",
+    "engine": "0",
+    "version": vllm_sparsekv.__version__,
+    "block_size": "64",
+    "window": "64",
+    "key_sparsity": "0.5",
+    "value_sparsity": "0.5",
+    "key_dtype": "auto",
+    "value_dtype": "auto",
+    "basis": "auto",
+    "basis_sha256": "None",
+    "skip_layers": "()",
 }
 
 
@@ -131,6 +150,40 @@ def test_metrics_answer(server: Server) -> None:
         if line.startswith("vllm:generation_tokens_total")
     ]
     assert generated and sum(generated) >= 2
+
+
+def samples(server: Server, prefix: str) -> dict[str, tuple[dict[str, str], float]]:
+    """Labels and value of each metric whose name begins so, of those with one sample."""
+    found = {}
+    for line in server.get("/metrics").splitlines():
+        if line.startswith(prefix):
+            series, _, value = line.rpartition(" ")
+            name, _, labels = series.partition("{")
+            assert name not in found
+            found[name] = dict(re.findall(r'(\w+)="([^"]*)"', labels)), float(value)
+    return found
+
+
+def test_metrics_of_the_sparse_cache(server: Server) -> None:
+    """A token has 144 bytes in each of 3 heads of 30 layers, a ring two blocks of 64 such."""
+    found = samples(server, "sparsekv:")
+    cache, _ = samples(server, "vllm:cache_config_info")["vllm:cache_config_info"]
+    labels, one = found.pop("sparsekv:config_info")
+    assert one == 1 and labels | SETTINGS_SHOWN == labels
+    assert labels["kernels"] == kernel_name("cpu")
+    tokens = int(cache["kv_cache_size_tokens"])
+    pages, dense = 2048 * 30 * 432, 2048 * 30 * 768
+    ring = 2 * 64 * 30 * 432
+    assert {name: value for name, (_, value) in found.items()} == {
+        "sparsekv:token_bytes": 30 * 432,
+        "sparsekv:dense_token_bytes": 30 * 768,
+        "sparsekv:compression_ratio": 768 / 432,
+        "sparsekv:ring_bytes": ring,
+        "sparsekv:cache_tokens": tokens,
+        "sparsekv:dense_cache_tokens": tokens * (pages + ring) // dense,
+    }
+    where = {"model_name": "demo", "engine": "0"}
+    assert all(labels == where for labels, _ in found.values())
 
 
 def test_shutdown_is_clean_and_releases_the_port(server: Server) -> None:

@@ -8,7 +8,7 @@ Kernels need torch alone (its CUDA wheels bring triton); vLLM's kernels and the 
 where vLLM is installed. Every time is the median of graph replays, with p20 and p80, the L2 cache
 flushed before each. GB/s count the compressed bytes a step has to read; the roofline is a measured
 copy. JSON and PNG go to ``$OUT`` if set, otherwise to ``benchmarks/results``; see
-``benchmarks/GPU.md``.
+``docs/pages/gpu.md``.
 """
 
 from __future__ import annotations

@@ -52,6 +52,11 @@ def use_isa(isa: str | None) -> None:
     _info_once(f"sparsekv: native CPU kernels, {_isa}")
 
 
+def current_isa() -> str | None:
+    """The instruction set kernels run on; None before :func:`use_isa`."""
+    return _isa
+
+
 @cache
 def _info_once(message: str) -> None:
     logger.info(message)

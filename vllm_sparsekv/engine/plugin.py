@@ -28,7 +28,20 @@ def backend_member() -> Any:
     compat.watch_config(member, admit, admit_derived, refuse_unused_settings)
     compat.watch_layers(_prepare_layers)
     compat.register_ring(RingSpec, RingManager)
+    compat.watch_metrics(_measure, _describe)
     return member
+
+
+def _measure(*arguments: Any) -> Any:
+    from vllm_sparsekv.engine.metrics import measure
+
+    return measure(*arguments)
+
+
+def _describe(*arguments: Any) -> Any:
+    from vllm_sparsekv.engine.metrics import describe
+
+    return describe(*arguments)
 
 
 def _prepare_layers(*arguments: Any) -> None:

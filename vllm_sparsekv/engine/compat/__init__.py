@@ -52,6 +52,7 @@ from vllm_sparsekv.engine.compat.hooks import (
 )
 from vllm_sparsekv.engine.compat.layers import (
     attention_layers,
+    cache_specs,
     layer_index,
     layer_metadata,
     of_ranks,
@@ -63,6 +64,7 @@ from vllm_sparsekv.engine.compat.layers import (
     state_pages,
     workspace,
 )
+from vllm_sparsekv.engine.compat.metrics import Metric, watch_metrics
 from vllm_sparsekv.engine.compat.offline import (
     first_token,
     offline_engine,
@@ -90,10 +92,12 @@ __all__ = [
     "CircularBufferSpec",
     "CommonAttentionMetadata",
     "KVCacheLayout",
+    "Metric",
     "MultipleOf",
     "VllmConfig",
     "attention_layers",
     "build_without_weights",
+    "cache_specs",
     "changed_options",
     "check_version",
     "current_device",
@@ -134,6 +138,7 @@ __all__ = [
     "watch_config",
     "watch_engine_arguments",
     "watch_layers",
+    "watch_metrics",
     "weights_identity",
     "workspace",
     "write_tokens",

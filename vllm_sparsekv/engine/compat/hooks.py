@@ -131,7 +131,7 @@ def watch_engine_arguments() -> None:
 
         return create_engine_config
 
-    _wrap_once(EngineArgs, "create_engine_config", make)
+    wrap_once(EngineArgs, "create_engine_config", make)
 
 
 _engine_args: ContextVar[Any] = ContextVar("engine_args", default=None)
@@ -171,7 +171,7 @@ def zero_on_cpu(layer_type: type[AttentionLayerBase]) -> None:
 
         return zero_block_ids
 
-    _wrap_once(CPUModelRunner, "_zero_block_ids", make)
+    wrap_once(CPUModelRunner, "_zero_block_ids", make)
 
 
 def show_drafters(layer_type: type[AttentionLayerBase]) -> None:
@@ -193,16 +193,16 @@ def show_drafters(layer_type: type[AttentionLayerBase]) -> None:
 
         return set_attn
 
-    _wrap_once(DraftModelSpeculator, "set_attn", make)
+    wrap_once(DraftModelSpeculator, "set_attn", make)
 
 
 def _wrap_platform_hook(
     name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> None:
-    _wrap_once(type(current_platform), name, make, classmethod)
+    wrap_once(type(current_platform), name, make, classmethod)
 
 
-def _wrap_once(
+def wrap_once(
     owner: type,
     name: str,
     make: Callable[[Callable[..., Any]], Callable[..., Any]],

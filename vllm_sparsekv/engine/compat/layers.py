@@ -74,6 +74,16 @@ def state_pages(vllm_config: VllmConfig) -> list[tuple[int, int]]:
     return [(spec.page_size_bytes, spec.real_page_size_bytes) for spec in specs]
 
 
+def cache_specs(vllm_config: VllmConfig) -> list[tuple[Any, Any]]:
+    """Specs of all layers with a cache of their own: as stored, and as the layer itself has it."""
+    specs = []
+    for layer in get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values():
+        spec = layer.get_kv_cache_spec(vllm_config)
+        if spec is not None and not getattr(layer, "kv_sharing_target_layer_name", None):
+            specs.append((layer.get_attn_backend().customize_spec(spec), spec))
+    return specs
+
+
 def register_before(vllm_config: VllmConfig, companions: dict[str, AttentionLayerBase]) -> None:
     """Register cache layers, each before the layer it is named by; their names are their own."""
     context = vllm_config.compilation_config.static_forward_context
