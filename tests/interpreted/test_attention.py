@@ -17,7 +17,7 @@ from vllm_sparsekv.kernels.attention import triton as attention
 from vllm_sparsekv.kernels.attention.arguments import Oldest
 
 TRITON = Ops(REFERENCE.pack, attention.sparse_attention, REFERENCE.write_window)
-SLACK = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 1.6e-2}
+SLACK = {torch.float32: 3e-6, torch.float16: 6e-4, torch.bfloat16: 1.6e-2}
 """Softmax weights meet the values in the values' type; the rest is float32."""
 MAX_HISTORY = 300
 """Tokens of history; the interpreter takes a second for some hundred."""
