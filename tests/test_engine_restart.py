@@ -40,6 +40,7 @@ def answers(model: Path, folder: Path, ranks: int) -> Iterator[list[tuple[int, d
         "model": str(model),
         "dtype": "float32",
         "max_model_len": 1024,
+        "block_size": 64,
         "kv_cache_memory_bytes": 1 << 26,
         "tensor_parallel_size": ranks,
         "kv_transfer_config": {
