@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +20,7 @@ import vllm_sparsekv
 from vllm_sparsekv.engine.metrics import describe, measure
 from vllm_sparsekv.kernels.api import kernel_name
 
+ROOT = Path(vllm_sparsekv.__file__).parents[1]
 MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -127,6 +130,18 @@ def test_answers_travel_with_the_ready_message_and_are_published(config: Any) ->
     for engine in ("0", "1"):
         value = REGISTRY.get_sample_value("sparsekv:token_bytes", labels | {"engine": engine})
         assert value == answers[0]["token"]
+
+
+def test_board_and_page_name_the_metrics_there_are(config: Any) -> None:
+    given = {f"sparsekv:{metric.name}" for metric in describe(config, [measure(config)])}
+    board = (ROOT / "examples" / "grafana.json").read_text()
+    assert len(json.loads(board)["panels"]) == 7
+    page = (ROOT / "docs" / "pages" / "operating.md").read_text()
+    assert set(re.findall(r"sparsekv:\w+", board)) == given
+    assert set(re.findall(r"^\| `(sparsekv:\w+)`", page, re.MULTILINE)) == given
+    PrometheusStatLogger(config, [0]).log_engine_initialized()
+    vllms = {metric.name for metric in REGISTRY.collect()}
+    assert set(re.findall(r"vllm:\w+", board)) <= vllms
 
 
 def test_a_dense_engine_says_nothing(tmp_path: Path) -> None:
