@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from unittest import mock
 
 # Each of several test processes gets cores of its own, which engines it starts inherit; before
 # torch is there, which takes a thread a core, as more of them wait for each other most of the time.
@@ -51,11 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
     """What a module's tests leave in the environment ends with them: other engines inherit it."""
-    before = dict(os.environ)
-    yield
-    for name in os.environ.keys() - before.keys():
-        del os.environ[name]
-    os.environ.update(before)
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -38,8 +38,12 @@ def prompt(seed: int = 0, length: int = PROMPT) -> list[int]:
 
 def plain(model: Path, settings: dict[str, Any], **options: Any) -> AbstractContextManager[LLM]:
     """An engine that keeps pages in its cache alone."""
-    common = {"dtype": "float32", "max_model_len": 1024, "kv_cache_memory_bytes": 1 << 26}
-    common["block_size"] = 64
+    common = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "block_size": 64,
+        "kv_cache_memory_bytes": 1 << 26,
+    }
     return engine(settings, model=str(model), skip_tokenizer_init=True, **common | options)
 
 

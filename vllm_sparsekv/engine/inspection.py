@@ -21,6 +21,7 @@ from vllm_sparsekv.engine.compat import (
     state_pages,
 )
 from vllm_sparsekv.engine.layers import sparse_layers
+from vllm_sparsekv.engine.skip import sparse_token_bytes
 from vllm_sparsekv.engine.table import aligned
 from vllm_sparsekv.settings import CALIBRATED_DEFAULT, PRESETS, SparseKVConfig
 
@@ -145,10 +146,7 @@ def _sparse(options: dict[str, Any], preset: str, dense_bytes: int, memory: int)
     tokens = _tokens(config, memory)
     layers = [x for x in sparse_layers(config).values() if not x.kv_sharing_target_layer_name]
     caches = [layer.impl.cache for layer in layers]
-    token_bytes = sum(
-        layer.num_kv_heads * cache.format.token_bytes
-        for layer, cache in zip(layers, caches, strict=True)
-    )
+    token_bytes = sum(map(sparse_token_bytes, layers))
     rings = [cache.window.get_kv_cache_spec(config) for cache in caches if cache.window]
     return Cache(
         preset=preset,

@@ -9,7 +9,7 @@ import vllm_sparsekv
 from vllm_sparsekv.engine.admission import settings_of
 from vllm_sparsekv.engine.compat import Metric, VllmConfig, attention_layers, cache_specs
 from vllm_sparsekv.engine.layers import sparse_layers
-from vllm_sparsekv.engine.skip import dense_token_bytes
+from vllm_sparsekv.engine.skip import dense_token_bytes, sparse_token_bytes
 from vllm_sparsekv.engine.window import RingSpec
 from vllm_sparsekv.kernels.api import kernel_name
 
@@ -34,9 +34,7 @@ def measure(vllm_config: VllmConfig) -> dict[str, Any]:
     for name, layer in owners.items():
         dense = dense_token_bytes(layer)
         found["dense_token"] += dense
-        found["token"] += (
-            layer.num_kv_heads * layer.impl.cache.format.token_bytes if name in sparse else dense
-        )
+        found["token"] += sparse_token_bytes(layer) if name in sparse else dense
     for stored, plain in cache_specs(vllm_config):
         size = stored.max_memory_usage_bytes(vllm_config)
         found["request"] += size

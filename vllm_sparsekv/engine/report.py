@@ -9,7 +9,7 @@ from typing import Any
 from vllm_sparsekv.engine.admission import drafter_settings, layer_format, logger, settings_of
 from vllm_sparsekv.engine.backend import SparseKVBackend
 from vllm_sparsekv.engine.compat import VllmConfig, has_drafter, state_pages
-from vllm_sparsekv.engine.skip import dense_token_bytes
+from vllm_sparsekv.engine.skip import dense_token_bytes, sparse_token_bytes
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
@@ -113,7 +113,7 @@ def _transfer_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str
     """What a token costs wherever pages are kept or moved to."""
     dense = [layer for layer in skipped.values() if not layer.kv_sharing_target_layer_name]
     unskipped = sum(map(dense_token_bytes, dense))
-    stored = sum(layer.num_kv_heads * layer.impl.cache.format.token_bytes for layer in sparse)
+    stored = sum(map(sparse_token_bytes, sparse))
     total, without = unskipped + stored, unskipped + sum(map(dense_token_bytes, sparse))
     return (
         f"sparsekv: {vllm_config.kv_transfer_config.kv_connector} keeps and moves {total} bytes "

@@ -90,6 +90,11 @@ def leave_dense(
             others[name].attn_backend = fitting
 
 
+def sparse_token_bytes(layer: Any) -> int:
+    """What a token of the layer takes in sparse pages."""
+    return layer.num_kv_heads * layer.impl.cache.format.token_bytes
+
+
 def dense_token_bytes(layer: Any) -> int:
     """What a token of the layer takes in the model's dtype."""
     size = layer.head_size + layer.head_size_v
