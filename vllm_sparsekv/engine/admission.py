@@ -88,7 +88,6 @@ def admit(vllm_config: VllmConfig) -> None:
     """
     settings = settings_of(vllm_config)
     model = vllm_config.model_config
-    cache = vllm_config.cache_config
     if model is None:
         return
     check_connector(vllm_config)
