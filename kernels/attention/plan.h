@@ -16,7 +16,8 @@ constexpr int UNITS_PER_THREAD = 4;
 // What rows are multiplied with, (head_size x head_size) per KV head, and the mean that is taken off
 // before or added after. Without a matrix nothing changes. Mirrors calls.Change.
 struct Change {
-    const float *matrix, *mean;
+    const Float16* matrix;
+    const float* mean;
     int64_t matrix_stride;  // 0: all heads share it
 };
 

@@ -95,17 +95,18 @@ def _state(
     fmt, basis = layer.format, layer.basis
     tensors: list[Tensor] = []
 
-    def pointer(x: Tensor | None) -> int | None:
+    def pointer(x: Tensor | None, dtype: torch.dtype) -> int | None:
         if x is None:
             return None
-        tensors.append(x.float().contiguous())
+        tensors.append(x.to(dtype).contiguous())
         return tensors[-1].data_ptr()
 
     def change(matrix: Tensor | None, mean: Tensor | None = None) -> Change:
         if matrix is None:
             return Change()
         shared = matrix.dim() == 2
-        return Change(pointer(matrix), pointer(mean), 0 if shared else fmt.head_size**2)
+        stride = 0 if shared else fmt.head_size**2
+        return Change(pointer(matrix, torch.float16), pointer(mean, torch.float32), stride)
 
     call = StepCall()
     call.key_change = change(basis.key, basis.key_mean)

@@ -1,4 +1,5 @@
-// The change of basis of the rows of one KV head (vllm_sparsekv/format/basis.py), in float32.
+// The change of basis of the rows of one KV head (vllm_sparsekv/format/basis.py), in float32. Its matrices
+// have 16 bits: a decode step reads every layer's once, from memory.
 #pragma once
 
 #include "../attention/matrix.h"
@@ -7,7 +8,17 @@
 namespace sparsekv::SPARSEKV_ISA {
 
 inline void multiply(const Change& change, int head, const float* rows, int count, int size, float* out) {
-    product(rows, size, change.matrix + head * change.matrix_stride, size, out, size, count, size, size, false);
+    const Float16* matrix = change.matrix + head * change.matrix_stride;
+    if (count <= PRODUCT_ROWS) return product(rows, size, matrix, size, out, size, count, size, size, false);
+    thread_local Scratch memory;
+    constexpr int WIDTH = PRODUCT_WIDTH * LANES;
+    float* part = static_cast<float*>(memory.reserve(size_t(size) * WIDTH * sizeof(float)));
+    for (int j = 0; j < size; j += WIDTH) {
+        const int columns = size - j < WIDTH ? size - j : WIDTH;
+        for (int i = 0; i < size; ++i)
+            for (int d = 0; d < columns; d += LANES) store(part + i * WIDTH + d, load(matrix + i * size + j + d));
+        product(rows, size, part, WIDTH, out + j, size, count, size, columns, false);
+    }
 }
 
 // out = (rows - mean) matrix; the rows are overwritten.
