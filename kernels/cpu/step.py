@@ -22,6 +22,10 @@ from vllm_sparsekv.kernels.cpu.ops import kernel
 from vllm_sparsekv.kernels.step.reference import Batch, Layer
 
 
+PANEL = 32
+"""Columns of a matrix that lie together, as ``step/change.h`` reads them from memory in a stream."""
+
+
 class _State(NamedTuple):
     """What a layer keeps while its memory stays where it is.
 
@@ -106,7 +110,8 @@ def _state(
             return Change()
         shared = matrix.dim() == 2
         stride = 0 if shared else fmt.head_size**2
-        return Change(pointer(matrix, torch.float16), pointer(mean, torch.float32), stride)
+        panels = torch.cat([part.flatten(-2) for part in matrix.split(PANEL, -1)], -1)
+        return Change(pointer(panels, torch.float16), pointer(mean, torch.float32), stride)
 
     call = StepCall()
     call.key_change = change(basis.key, basis.key_mean)

@@ -7,17 +7,21 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
+constexpr int PANEL = 32;  // columns that lie together, row after row, as step.py orders them
+
 inline void multiply(const Change& change, int head, const float* rows, int count, int size, float* out) {
-    const Float16* matrix = change.matrix + head * change.matrix_stride;
-    if (count <= PRODUCT_ROWS) return product(rows, size, matrix, size, out, size, count, size, size, false);
+    const Float16* panel = change.matrix + head * change.matrix_stride;
     thread_local Scratch memory;
-    constexpr int WIDTH = PRODUCT_WIDTH * LANES;
-    float* part = static_cast<float*>(memory.reserve(size_t(size) * WIDTH * sizeof(float)));
-    for (int j = 0; j < size; j += WIDTH) {
-        const int columns = size - j < WIDTH ? size - j : WIDTH;
-        for (int i = 0; i < size; ++i)
-            for (int d = 0; d < columns; d += LANES) store(part + i * WIDTH + d, load(matrix + i * size + j + d));
-        product(rows, size, part, WIDTH, out + j, size, count, size, columns, false);
+    float* wide = static_cast<float*>(memory.reserve(size_t(size) * PANEL * sizeof(float)));
+    for (int j = 0; j < size; j += PANEL) {
+        const int columns = size - j < PANEL ? size - j : PANEL;
+        if (count <= PRODUCT_ROWS) {
+            product(rows, size, panel, columns, out + j, size, count, size, columns, false);
+        } else {
+            for (int i = 0; i < size * columns; i += LANES) store(wide + i, load(panel + i));
+            product(rows, size, wide, columns, out + j, size, count, size, columns, false);
+        }
+        panel += size * columns;
     }
 }
 
