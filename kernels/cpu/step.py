@@ -21,9 +21,8 @@ from vllm_sparsekv.kernels.cpu.calls import (
 from vllm_sparsekv.kernels.cpu.ops import kernel
 from vllm_sparsekv.kernels.step.reference import Batch, Layer
 
-
 PANEL = 32
-"""Columns of a matrix that lie together, as ``step/change.h`` reads them from memory in a stream."""
+"""Columns of a matrix that lie together, which ``step/change.h`` streams from memory."""
 
 
 class _State(NamedTuple):
