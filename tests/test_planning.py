@@ -381,17 +381,27 @@ def test_kernels_are_there_before_the_first_request(tmp_path: Path) -> None:
     assert api.implementation.cache_info().misses == 1
 
 
-def test_ranks_with_other_settings_are_refused_with_both_values(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("field", "there"),
+    [
+        ("sparsekv.window", 32),
+        ("sparsekv.value_dtype", "int2"),
+        ("vllm_sparsekv.__version__", "0.0.9"),
+        ("page version", 0),
+        ("vllm.__version__", "0.31.0"),
+        ("sparsekv.of_another_version", True),
+    ],
+)
+def test_ranks_that_differ_are_refused_with_both_values(tmp_path, monkeypatch, field, there):
     config = configure(tmp_path, LLAMA_8B, max_model_len=8192, **SPARSE)
     build_layers(config, {0: Layer()})
-    for changes, field in (({"window": 32}, "window"), ({"value_dtype": "int2"}, "value_dtype")):
+    here = {}
 
-        def ranks(_: Any, mine: dict[str, Any], changes: dict = changes) -> list[dict[str, Any]]:
-            return [mine, mine | changes]
+    def ranks(_: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
+        here.update(mine)
+        return [mine, mine | {field: there}]
 
-        monkeypatch.setattr(layers, "of_ranks", ranks)
-        (there,) = changes.values()
-        with pytest.raises(
-            ValueError, match=rf"sparsekv\.{field}=.* here and {there!r} on another"
-        ):
-            plan(config)
+    monkeypatch.setattr(layers, "of_ranks", ranks)
+    with pytest.raises(ValueError, match="must be the same on all nodes") as refused:
+        plan(config)
+    assert f"{field}={here.get(field)!r} here and {there!r} on another rank" in str(refused.value)
