@@ -89,7 +89,7 @@ def answers(
     settings: dict[str, dict[str, Any]],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, dict[str, Any]]:
-    """Of engines on Ray, by case; vLLM's first executor, gone in 0.33, is asked for by its class."""
+    """Of engines on Ray, by case; vLLM's first executor, gone in 0.33, is asked for by class."""
     common = {"executor": "ray", "options": options(model), "prompts": prompts()}
     first = "vllm.v1.executor.ray_executor"
     executor = f"{first}.RayDistributedExecutor" if importlib.util.find_spec(first) else "ray"
