@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention.chunked_local_attention import Chunked
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_sparsekv.engine import layers, report
+from vllm_sparsekv.engine import report
 from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVImpl
 from vllm_sparsekv.engine.window import RingSpec, WindowLayer
 from vllm_sparsekv.kernels import api
@@ -379,29 +379,3 @@ def test_kernels_are_there_before_the_first_request(tmp_path: Path) -> None:
     assert api.implementation.cache_info().misses == 1
     api.implementation("cpu")
     assert api.implementation.cache_info().misses == 1
-
-
-@pytest.mark.parametrize(
-    ("field", "there"),
-    [
-        ("sparsekv.window", 32),
-        ("sparsekv.value_dtype", "int2"),
-        ("vllm_sparsekv.__version__", "0.0.9"),
-        ("page version", 0),
-        ("vllm.__version__", "0.31.0"),
-        ("sparsekv.of_another_version", True),
-    ],
-)
-def test_ranks_that_differ_are_refused_with_both_values(tmp_path, monkeypatch, field, there):
-    config = configure(tmp_path, LLAMA_8B, max_model_len=8192, **SPARSE)
-    build_layers(config, {0: Layer()})
-    here = {}
-
-    def ranks(_: Any, mine: dict[str, Any]) -> list[dict[str, Any]]:
-        here.update(mine)
-        return [mine, mine | {field: there}]
-
-    monkeypatch.setattr(layers, "of_ranks", ranks)
-    with pytest.raises(ValueError, match="must be the same on all nodes") as refused:
-        plan(config)
-    assert f"{field}={here.get(field)!r} here and {there!r} on another rank" in str(refused.value)

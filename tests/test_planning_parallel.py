@@ -13,11 +13,14 @@ from vllm.model_executor import parameter
 from vllm.model_executor.layers import linear
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
+import vllm_sparsekv
 from vllm_sparsekv.engine import layers as engine_layers
 from vllm_sparsekv.engine.backend import SparseKVImpl
+from vllm_sparsekv.engine.compat import VLLM_VERSION
 from vllm_sparsekv.engine.compat.planning import plan_cache, plan_ranks
 from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import write_basis
+from vllm_sparsekv.format.fingerprint import PAGE_VERSION
 
 MODEL: dict[str, Any] = {
     "architectures": ["Gemma3ForCausalLM"],
@@ -142,3 +145,22 @@ def test_stages_of_a_pipeline_count_layers_of_the_whole_model(tmp_path):
         assert found[layer_name(i)].cache.basis.key_mean[:, 0].tolist() == [1 + i, 1.5 + i]
     assert planned[0].num_blocks == planned[1].num_blocks
     assert len({g.kv_cache_spec.page_size_bytes for p in planned for g in p.kv_cache_groups}) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "here", "there"),
+    [
+        ("sparsekv.window", 64, 32),
+        ("sparsekv.value_dtype", "int3", "int2"),
+        ("vllm.__version__", VLLM_VERSION, "0.31.0"),
+        ("vllm_sparsekv.__version__", vllm_sparsekv.__version__, "0.0.9"),
+        ("page version", PAGE_VERSION, 0),
+        ("sparsekv.of_another_version", None, True),
+    ],
+)
+def test_ranks_that_differ_are_refused_with_both_values(tmp_path, monkeypatch, field, here, there):
+    config = rank(tmp_path, range(1), {})
+    monkeypatch.setattr(engine_layers, "of_ranks", lambda _, mine: [mine, mine | {field: there}])
+    with pytest.raises(ValueError, match="must be the same on all nodes") as refused:
+        plan_cache(config, MEMORY)
+    assert f"{field}={here!r} here and {there!r} on another rank" in str(refused.value)
