@@ -12,7 +12,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model gemma print-model demo test test-unit lint docs wheel bench-engine bench-step bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test test-unit test-next lint docs wheel bench-engine bench-step bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make demo          generate with the dense and the sparse cache, side by side"
 	@echo "make test          run the tests"
 	@echo "make test-unit     run the tests that start no engine"
+	@echo "make test-next     run what depends on vLLM's version over vLLM 0.33's Python files"
 	@echo "make lint          check style"
 	@echo "make docs          build the documentation in build/docs; links and warnings are checked"
 	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
@@ -76,6 +77,20 @@ test: $(SETUP) model
 
 test-unit: $(SETUP) model
 	$(PYTEST) -m "not engine" tests
+
+# vLLM 0.33's Python files over the CPU libraries of the installed 0.32; no CPU build is published.
+NEXT := $(CURDIR)/.cache/vllm-0.33.0
+$(NEXT): requirements/next_vllm.py | $(SETUP)
+	rm -rf $@ $@.new
+	$(BIN)/python requirements/next_vllm.py $@.new
+	mv $@.new $@
+
+test-next: $(SETUP) $(NEXT) model
+	PYTHONPATH=$(NEXT) $(BIN)/python -c 'import vllm; assert vllm.__version__ == "0.33.0", vllm.__version__'
+	PYTHONPATH=$(NEXT) $(BIN)/pytest tests/test_planning.py tests/test_planning_parallel.py \
+		tests/test_admission.py tests/test_metrics.py
+	PYTHONPATH=$(NEXT) $(BIN)/pytest tests/test_engine_features.py \
+		-k "one_request_at_a_time or reset_prefix_cache"
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

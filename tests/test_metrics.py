@@ -115,6 +115,7 @@ def test_answers_travel_with_the_ready_message_and_are_published(config: Any) ->
         vllm_config=config,
         engine_index=0,
         frontend_stats_publish_address=None,
+        addresses=SimpleNamespace(coordinator_input=None, coordinator_output=None),  # vLLM 0.33
         scheduler=SimpleNamespace(get_kv_event_publisher_config=lambda: None),
     )
     payload = msgspec.msgpack.encode(EngineCoreProc._make_ready_response(core))

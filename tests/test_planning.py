@@ -15,7 +15,7 @@ from vllm.model_executor.layers.attention.chunked_local_attention import Chunked
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from vllm_sparsekv.engine import layers, report
+from vllm_sparsekv.engine import report
 from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVImpl
 from vllm_sparsekv.engine.window import RingSpec, WindowLayer
 from vllm_sparsekv.kernels import api
@@ -379,19 +379,3 @@ def test_kernels_are_there_before_the_first_request(tmp_path: Path) -> None:
     assert api.implementation.cache_info().misses == 1
     api.implementation("cpu")
     assert api.implementation.cache_info().misses == 1
-
-
-def test_ranks_with_other_settings_are_refused_with_both_values(tmp_path, monkeypatch):
-    config = configure(tmp_path, LLAMA_8B, max_model_len=8192, **SPARSE)
-    build_layers(config, {0: Layer()})
-    for changes, field in (({"window": 32}, "window"), ({"value_dtype": "int2"}, "value_dtype")):
-
-        def ranks(_: Any, mine: dict[str, Any], changes: dict = changes) -> list[dict[str, Any]]:
-            return [mine, mine | changes]
-
-        monkeypatch.setattr(layers, "of_ranks", ranks)
-        (there,) = changes.values()
-        with pytest.raises(
-            ValueError, match=rf"sparsekv\.{field}=.* here and {there!r} on another"
-        ):
-            plan(config)

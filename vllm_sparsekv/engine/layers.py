@@ -12,10 +12,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
+import vllm_sparsekv
 from vllm_sparsekv.engine import report
 from vllm_sparsekv.engine.admission import layer_format, settings_of
 from vllm_sparsekv.engine.backend import LayerCache, SparseKVBackend, SparseKVImpl
 from vllm_sparsekv.engine.compat import (
+    VLLM_VERSION,
     VllmConfig,
     attention_layers,
     get_tensor_model_parallel_rank,
@@ -34,6 +36,7 @@ from vllm_sparsekv.engine.skip import leave_dense, skipped_layers
 from vllm_sparsekv.engine.window import WindowLayer
 from vllm_sparsekv.format.basis import Basis, kv_heads_of_rank
 from vllm_sparsekv.format.basis_file import BasisFile
+from vllm_sparsekv.format.fingerprint import PAGE_VERSION
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.api import implementation
 
@@ -45,10 +48,11 @@ def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> N
         choose_block_size: vLLM's own choice, which asks backends for the size of their pages.
 
     Raises:
-        ValueError: a layer needs what sparse pages do not support; names it.
+        ValueError: a layer needs what sparse pages do not support, or ranks differ; says which
+            or in what.
         BuildError: ``SPARSEKV_KERNELS=native`` and they cannot be built.
     """
-    _refuse_unequal_settings(vllm_config)
+    _refuse_unequal_ranks(vllm_config)
     backends: dict[SparseFormat, type[SparseKVBackend]] = {}
     reasons = set()
     for name, layer in sparse_layers(vllm_config).items():
@@ -90,16 +94,23 @@ def sparse_layers(vllm_config: VllmConfig) -> dict[str, Any]:
     }
 
 
-def _refuse_unequal_settings(vllm_config: VllmConfig) -> None:
-    """Refuse nodes that were started with different settings; each makes its own configuration."""
-    mine = asdict(settings_of(vllm_config))
-    if mine["basis_sha256"]:
-        del mine["basis"]  # nodes may keep the same file in different places
+def _refuse_unequal_ranks(vllm_config: VllmConfig) -> None:
+    """Refuse nodes of other packages or settings; each node has its own of both."""
+    settings = asdict(settings_of(vllm_config))
+    if settings["basis_sha256"]:
+        del settings["basis"]  # nodes may keep the same file in different places
+    mine = {
+        "vllm.__version__": VLLM_VERSION,
+        "vllm_sparsekv.__version__": vllm_sparsekv.__version__,
+        "page version": PAGE_VERSION,
+        **{f"sparsekv.{name}": value for name, value in settings.items()},
+    }
     for other in of_ranks(vllm_config, mine):
-        for name in sorted(mine.keys() | other.keys()):
+        # Of other versions the settings may have other names.
+        for name in dict.fromkeys([*mine, *sorted(other)]):
             if mine.get(name) != other.get(name):
                 raise ValueError(
-                    f"sparsekv.{name}={mine.get(name)!r} here and {other.get(name)!r} on another "
+                    f"{name}={mine.get(name)!r} here and {other.get(name)!r} on another "
                     f"rank of the engine: must be the same on all nodes"
                 )
 

@@ -80,12 +80,26 @@ def plan_cache(vllm_config: VllmConfig, memory: int) -> tuple[Any, int]:
     Raises:
         ValueError: a request of ``max_model_len`` tokens does not fit.
     """
+    (planned,) = plan_ranks([vllm_config], [memory])
+    return planned, get_kv_cache_capacity(vllm_config, planned)[0]
+
+
+def plan_ranks(configs: list[VllmConfig], memory: list[int]) -> list[Any]:
+    """The same for the ranks of one engine, each with the layers that were built in its own.
+
+    Args:
+        configs: the engine's configuration, as each rank has it.
+        memory: bytes of each rank's KV cache.
+    """
+    specs = [_prepared_specs(vllm_config) for vllm_config in configs]
+    together = getattr(kv_cache_utils, "get_global_kv_cache_groups", None)
+    grouped = [together(configs[0], specs)] if together else []
+    return kv_cache_utils.get_kv_cache_configs(configs[0], specs, memory, *grouped)
+
+
+def _prepared_specs(vllm_config: VllmConfig) -> dict[str, Any]:
     from vllm.v1.worker.gpu.attn_utils import get_kv_cache_spec
 
     current_platform.update_block_size_for_backend(vllm_config)
     vllm_config.cache_config.kv_cache_layout = "LBHNC"
-    specs = get_kv_cache_spec(vllm_config)
-    together = getattr(kv_cache_utils, "get_global_kv_cache_groups", None)
-    grouped = [together(vllm_config, [specs])] if together else []
-    (groups,) = kv_cache_utils.get_kv_cache_configs(vllm_config, [specs], [memory], *grouped)
-    return groups, get_kv_cache_capacity(vllm_config, groups)[0]
+    return get_kv_cache_spec(vllm_config)
