@@ -12,7 +12,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model gemma print-model demo test test-unit lint docs wheel bench-engine bench-step bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test test-unit soak fuzz lint docs wheel bench-engine bench-step bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,7 +22,9 @@ help:
 	@echo "make print-model   print the demo model's folder"
 	@echo "make demo          generate with the dense and the sparse cache, side by side"
 	@echo "make test          run the tests"
-	@echo "make test-unit     run the tests that start no engine"
+	@echo "make test-unit     run the quick tests: no engine starts, no kernel is interpreted or compiled for a GPU"
+	@echo "make soak          abuse a server for SECONDS (600), then look what is left"
+	@echo "make fuzz          try random settings, vectors, batches and basis files for SECONDS (120)"
 	@echo "make lint          check style"
 	@echo "make docs          build the documentation in build/docs; links and warnings are checked"
 	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
@@ -75,7 +77,13 @@ test: $(SETUP) model
 	$(PYTEST) tests
 
 test-unit: $(SETUP) model
-	$(PYTEST) -m "not engine" tests
+	$(PYTEST) -m "not engine and not slow" tests
+
+soak: $(SETUP) model
+	$(BIN)/python tests/soak.py $(if $(SECONDS),--seconds $(SECONDS))
+
+fuzz: $(SETUP)
+	$(BIN)/python tests/fuzz.py $(if $(SECONDS),--seconds $(SECONDS))
 
 lint: $(SETUP)
 	$(BIN)/ruff check .
