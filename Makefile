@@ -25,7 +25,7 @@ help:
 	@echo "make test-unit     run the quick tests: no engine starts, no kernel is interpreted or compiled for a GPU"
 	@echo "make soak          abuse a server for SECONDS (600), then look what is left"
 	@echo "make fuzz          try random settings, vectors, batches and basis files for SECONDS (120)"
-	@echo "make lint          check style"
+	@echo "make lint          check style and types"
 	@echo "make docs          build the documentation in build/docs; links and warnings are checked"
 	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
 	@echo "make bench-engine  measure the engine, dense against sparse"
@@ -85,9 +85,20 @@ soak: $(SETUP) model
 fuzz: $(SETUP)
 	$(BIN)/python tests/fuzz.py $(if $(SECONDS),--seconds $(SECONDS))
 
-lint: $(SETUP)
+# The package as it is installed, for what does not know the mapping of pyproject.toml.
+PACKAGE := build/package
+.PHONY: $(PACKAGE)
+$(PACKAGE):
+	rm -rf $@
+	mkdir -p $@
+	cp -r vllm_sparsekv $@
+	cp -r kernels $@/vllm_sparsekv
+
+lint: $(SETUP) $(PACKAGE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd $(PACKAGE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache --package vllm_sparsekv
 
 docs: $(SETUP)
 	$(BIN)/python -m pip install -q $$($(BIN)/python -c 'import tomllib; \
@@ -127,28 +138,20 @@ $(BASIS): | $(SETUP) $(MODEL)/config.json
 	$(BIN)/sparsekv-calibrate $(MODEL) --kv-cache-memory-bytes 1G --output $@
 
 # The GPU targets use the torch and triton of $(PYTHON), not .venv; vLLM only where it is installed.
-GPU_PATH := build/gpu
-GPU_ENV = PYTHONPATH=$(GPU_PATH):tests$${PYTHONPATH:+:$$PYTHONPATH}
+GPU_ENV = PYTHONPATH=$(PACKAGE):tests$${PYTHONPATH:+:$$PYTHONPATH}
 # For example: make test-gpu SANITIZER="compute-sanitizer --error-exitcode 1" PYTEST_ARGS="-k single"
 SANITIZER ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: $(GPU_PATH)
-$(GPU_PATH):
-	rm -rf $@
-	mkdir -p $@
-	cp -r vllm_sparsekv $@
-	cp -r kernels $@/vllm_sparsekv
-
-test-gpu: $(GPU_PATH)
+test-gpu: $(PACKAGE)
 	SPARSEKV_TEST_GPU=1 $(GPU_ENV) $(SANITIZER) $(PYTHON) -m pytest --confcutdir=tests/gpu \
 		-q tests/gpu $(PYTEST_ARGS)
 
-bench-gpu: $(GPU_PATH)
+bench-gpu: $(PACKAGE)
 	$(GPU_ENV) $(PYTHON) benchmarks/gpu $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info requirements/vllm-metadata/build requirements/vllm-metadata/*.egg-info
-	rm -rf .pytest_cache .ruff_cache $(PREBUILT)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache $(PREBUILT)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
