@@ -34,8 +34,8 @@ LONGEST = [
 ]
 """Minutes each, so they start first; several test processes take a file each."""
 
-SLOW = ("test_interpreted_triton.py", "test_aot.py", "test_build_cpu.py")
-"""Interpreters and compilers at work."""
+SLOW = ("test_interpreted_triton.py", "test_aot.py", "test_build_cpu.py", "test_packaging.py")
+"""Interpreters, compilers and installers at work."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
