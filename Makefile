@@ -12,7 +12,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model gemma print-model demo test test-unit test-next lint docs wheel bench-engine bench-step bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test test-unit test-next soak fuzz lint docs wheel bench-engine bench-step bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,9 +22,11 @@ help:
 	@echo "make print-model   print the demo model's folder"
 	@echo "make demo          generate with the dense and the sparse cache, side by side"
 	@echo "make test          run the tests"
-	@echo "make test-unit     run the tests that start no engine"
+	@echo "make test-unit     run the quick tests: no engine starts, no kernel is interpreted or compiled for a GPU"
 	@echo "make test-next     run what depends on vLLM's version over vLLM 0.33's Python files"
-	@echo "make lint          check style"
+	@echo "make soak          abuse a server for SECONDS (600), then look what is left"
+	@echo "make fuzz          try random settings, vectors, batches and basis files for SECONDS (120)"
+	@echo "make lint          check style and types"
 	@echo "make docs          build the documentation in build/docs; links and warnings are checked"
 	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
 	@echo "make bench-engine  measure the engine, dense against sparse"
@@ -76,7 +78,7 @@ test: $(SETUP) model
 	$(PYTEST) tests
 
 test-unit: $(SETUP) model
-	$(PYTEST) -m "not engine" tests
+	$(PYTEST) -m "not engine and not slow" tests
 
 # vLLM 0.33's Python files over the CPU libraries of the installed 0.32; no CPU build is published.
 NEXT := $(CURDIR)/.cache/vllm-0.33.0
@@ -92,9 +94,26 @@ test-next: $(SETUP) $(NEXT) model
 	PYTHONPATH=$(NEXT) $(BIN)/pytest tests/test_engine_features.py \
 		-k "one_request_at_a_time or reset_prefix_cache"
 
-lint: $(SETUP)
+soak: $(SETUP) model
+	$(BIN)/python tests/soak.py $(if $(SECONDS),--seconds $(SECONDS))
+
+fuzz: $(SETUP)
+	$(BIN)/python tests/fuzz.py $(if $(SECONDS),--seconds $(SECONDS))
+
+# The package as it is installed, for what does not know the mapping of pyproject.toml.
+PACKAGE := build/package
+.PHONY: $(PACKAGE)
+$(PACKAGE):
+	rm -rf $@
+	mkdir -p $@
+	cp -r vllm_sparsekv $@
+	cp -r kernels $@/vllm_sparsekv
+
+lint: $(SETUP) $(PACKAGE)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	cd $(PACKAGE) && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml \
+		--cache-dir $(CURDIR)/.mypy_cache --package vllm_sparsekv
 
 docs: $(SETUP)
 	$(BIN)/python -m pip install -q $$($(BIN)/python -c 'import tomllib; \
@@ -134,28 +153,20 @@ $(BASIS): | $(SETUP) $(MODEL)/config.json
 	$(BIN)/sparsekv-calibrate $(MODEL) --kv-cache-memory-bytes 1G --output $@
 
 # The GPU targets use the torch and triton of $(PYTHON), not .venv; vLLM only where it is installed.
-GPU_PATH := build/gpu
-GPU_ENV = PYTHONPATH=$(GPU_PATH):tests$${PYTHONPATH:+:$$PYTHONPATH}
+GPU_ENV = PYTHONPATH=$(PACKAGE):tests$${PYTHONPATH:+:$$PYTHONPATH}
 # For example: make test-gpu SANITIZER="compute-sanitizer --error-exitcode 1" PYTEST_ARGS="-k single"
 SANITIZER ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
-.PHONY: $(GPU_PATH)
-$(GPU_PATH):
-	rm -rf $@
-	mkdir -p $@
-	cp -r vllm_sparsekv $@
-	cp -r kernels $@/vllm_sparsekv
-
-test-gpu: $(GPU_PATH)
+test-gpu: $(PACKAGE)
 	SPARSEKV_TEST_GPU=1 $(GPU_ENV) $(SANITIZER) $(PYTHON) -m pytest --confcutdir=tests/gpu \
 		-q tests/gpu $(PYTEST_ARGS)
 
-bench-gpu: $(GPU_PATH)
+bench-gpu: $(PACKAGE)
 	$(GPU_ENV) $(PYTHON) benchmarks/gpu $(BENCH_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info requirements/vllm-metadata/build requirements/vllm-metadata/*.egg-info
-	rm -rf .pytest_cache .ruff_cache $(PREBUILT)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache $(PREBUILT)
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

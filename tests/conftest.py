@@ -34,12 +34,17 @@ LONGEST = [
 ]
 """Minutes each, so they start first; several test processes take a file each."""
 
+SLOW = ("test_interpreted_triton.py", "test_aot.py", "test_build_cpu.py", "test_packaging.py")
+"""Interpreters, compilers and installers at work."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what starts engines, for seconds to minutes each; ``make test-unit`` leaves it out."""
+    """Mark what starts engines, and what else is slow; ``make test-unit`` leaves both out."""
     for item in items:
         if item.path.name.startswith(("test_engine_", "test_serve")):
             item.add_marker("engine")
+        elif item.path.name in SLOW:
+            item.add_marker("slow")
 
     def place(item: pytest.Item) -> tuple[int, bool]:
         name = item.path.name
@@ -89,6 +94,8 @@ def engines_in_process() -> Iterator[None]:
     """For tests that start many engines of tiny models."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        # vLLM compiles a few operators anew for every model and shape, for seconds each.
+        # vLLM compiles a few operators anew for every model and shape, for seconds each; so do the
+        # processes that it starts.
+        patch.setenv("TORCH_COMPILE_DISABLE", "1")
         with torch._dynamo.config.patch(disable=True):
             yield

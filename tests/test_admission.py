@@ -344,6 +344,7 @@ def test_registering_twice_changes_nothing() -> None:
     assert first.get_class() is SparseKVBackend
 
 
+@pytest.mark.slow
 def test_backend_choice_unpickles_in_a_process_without_the_plugin() -> None:
     plugin.register()
     pickled = pickle.dumps(AttentionBackendEnum["SPARSEKV"])

@@ -166,6 +166,7 @@ def test_help_fits_a_screen(main: Any, arguments: list[str], capsys: pytest.Capt
     assert max(map(len, lines)) <= 80
 
 
+@pytest.mark.slow
 def test_a_command_prints_nothing_but_its_report() -> None:
     code = "from vllm_sparsekv.engine.cli import main; main()"
     command = [sys.executable, "-c", code, "doctor", "--json"]

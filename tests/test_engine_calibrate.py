@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from vllm_sparsekv.calibration.moments import Moments, head_grams
 from vllm_sparsekv.engine import auto_basis
 from vllm_sparsekv.engine.calibrate import calibrate, main, parse
 from vllm_sparsekv.format.basis_file import BasisFile
+from vllm_sparsekv.kernels.cpu import build
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
@@ -150,9 +152,19 @@ def test_families(family, tmp_path):
     assert len(answer) == 8
 
 
-def test_auto_calibrates_once_and_says_so(llama, tmp_path, monkeypatch):
+@pytest.fixture
+def no_basis_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache folder with the kernels alone: the process that calibrates need not compile them."""
+    build.library()
+    kernels = build.cache_dir() / "kernels"
+    if kernels.exists():
+        shutil.copytree(kernels, tmp_path / "vllm_sparsekv" / "kernels")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    options = OPTIONS | {"model": str(llama), "skip_tokenizer_init": True}
+
+
+def test_auto_calibrates_once_and_says_so(llama, no_basis_yet, tmp_path):
+    # Samples are no longer than the model: eight of 127 tokens, written side by side.
+    options = OPTIONS | {"model": str(llama), "skip_tokenizer_init": True, "max_model_len": 128}
     answers = []
     for _ in range(2):
         with engine(SHORT, **options) as llm:
@@ -162,7 +174,7 @@ def test_auto_calibrates_once_and_says_so(llama, tmp_path, monkeypatch):
     file = BasisFile.open(path)
     assert settings == SHORT | {"basis": str(path), "basis_sha256": file.sha256}
     assert answers[0] == answers[1]
-    with engine(SHORT, **options | {"max_model_len": 512}) as llm:
+    with engine(SHORT, **options | {"max_model_len": 256}) as llm:
         pass
     assert len(list(path.parent.glob("*.safetensors"))) == 2
     wrong = settings | {"basis_sha256": "0" * 64}
@@ -175,9 +187,10 @@ def start_with(settings: dict[str, Any], options: dict[str, Any]) -> None:
         pass
 
 
-def test_what_cannot_be_calibrated_is_served_uncalibrated(llama, tmp_path, monkeypatch):
+def test_what_cannot_be_calibrated_is_served_uncalibrated(
+    llama, no_basis_yet, tmp_path, monkeypatch
+):
     """Dummy weights, and a calibration that dies: the reason is said, nothing is left behind."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     options = OPTIONS | {"model": str(llama), "skip_tokenizer_init": True}
     with engine({}, **options | {"load_format": "dummy"}) as llm:
         settings = llm.llm_engine.vllm_config.additional_config["sparsekv"]

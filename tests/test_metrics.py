@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,8 @@ from typing import Any
 import msgspec
 import pytest
 from planning import Layer, build_layers, configure, plan
-from prometheus_client import REGISTRY
+from prometheus_client import REGISTRY, CollectorRegistry, values
+from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.v1.engine.core import EngineCoreProc
 from vllm.v1.engine.core_client import MPClient
 from vllm.v1.metrics.loggers import PrometheusStatLogger
@@ -131,6 +133,33 @@ def test_answers_travel_with_the_ready_message_and_are_published(config: Any) ->
     for engine in ("0", "1"):
         value = REGISTRY.get_sample_value("sparsekv:token_bytes", labels | {"engine": engine})
         assert value == answers[0]["token"]
+
+
+def test_several_front_ends_are_one_sample_each(
+    config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with ``--api-server-count 2``: each writes files, whoever is asked adds them up."""
+    config.compilation_config.sparsekv_measured = [measure(config)]
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    monkeypatch.setattr(values, "ValueClass", values.MultiProcessValue())
+    context = multiprocessing.get_context("fork")
+    for _ in range(2):
+        logger = context.Process(
+            target=lambda: PrometheusStatLogger(config, [0]).log_engine_initialized()
+        )
+        logger.start()
+        logger.join()
+        assert logger.exitcode == 0
+    assert len(list(tmp_path.glob("gauge_mostrecent_*.db"))) == 2
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    found = {family.name: family.samples for family in registry.collect()}
+    told = describe(config, config.compilation_config.sparsekv_measured)
+    assert {f"sparsekv:{metric.name}" for metric in told} <= found.keys()
+    for metric in told:
+        (sample,) = found[f"sparsekv:{metric.name}"]
+        assert sample.value == metric.value
+        assert "pid" not in sample.labels
 
 
 def test_board_and_page_name_the_metrics_there_are(config: Any) -> None:

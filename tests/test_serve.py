@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from engines import MODEL
 from openai import OpenAI
+from server import Server, is_free, serve
 
 import vllm_sparsekv
 from vllm_sparsekv.kernels.api import kernel_name
 
-START_SECONDS = 300
 SETTINGS = {
-    "sparsekv": {
-        "key_sparsity": 0.5,
-        "value_sparsity": 0.5,
-        "key_dtype": "auto",
-        "value_dtype": "auto",
-    }
+    "key_sparsity": 0.5,
+    "value_sparsity": 0.5,
+    "key_dtype": "auto",
+    "value_dtype": "auto",
 }
 
 SETTINGS_SHOWN = {
@@ -49,59 +38,16 @@ SETTINGS_SHOWN = {
 }
 
 
-class Server(NamedTuple):
-    process: subprocess.Popen
-    port: int
-    log: Path
-
-    @property
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=120)
-
-    def get(self, path: str) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
-            return response.read().decode()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until_healthy(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if server.process.poll() is not None:
-            break
-        try:
-            server.get("/health")
-            return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(f"the server did not start:\n{server.log.read_text()[-4000:]}")
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    port = free_port()
     log = tmp_path_factory.mktemp("serve") / "log.txt"
-    vllm = Path(sys.executable).with_name("vllm")
-    command = [vllm, "serve", MODEL, "--attention-backend", "sparsekv"]
-    command += ["--additional-config", json.dumps(SETTINGS), "--served-model-name", "demo"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "2048"]
-    command += ["--kv-cache-memory-bytes", str(1 << 28), "--enforce-eager"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            list(map(str, command)), stdout=output, stderr=subprocess.STDOUT, env=os.environ
-        )
-        running = Server(process, port, log)
-        try:
-            wait_until_healthy(running)
-            yield running
-        finally:
-            process.kill()
-            process.wait()
+    options = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
+    with serve(MODEL, SETTINGS, log, *options, "--block-size", "64") as running:
+        yield running
+
+
+def client(server: Server) -> OpenAI:
+    return OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=120)
 
 
 def test_start_up_line_is_printed(server: Server) -> None:
@@ -111,7 +57,7 @@ def test_start_up_line_is_printed(server: Server) -> None:
 
 
 def test_completion(server: Server) -> None:
-    answer = server.client.completions.create(
+    answer = client(server).completions.create(
         model="demo", prompt="The capital of France is", max_tokens=8, temperature=0
     )
     assert "Paris" in answer.choices[0].text
@@ -120,7 +66,7 @@ def test_completion(server: Server) -> None:
 
 def test_streaming_chat(server: Server) -> None:
     question = {"role": "user", "content": "What is the capital of France?"}
-    stream = server.client.chat.completions.create(
+    stream = client(server).chat.completions.create(
         model="demo", messages=[question], max_tokens=24, temperature=0, stream=True
     )
     pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
@@ -132,7 +78,7 @@ def test_two_concurrent_clients_get_the_answers_of_one(server: Server) -> None:
     prompts = ["Water boils at", "The first president of the United States was"]
 
     def complete(prompt: str) -> str:
-        answer = server.client.completions.create(
+        answer = client(server).completions.create(
             model="demo", prompt=prompt, max_tokens=12, temperature=0
         )
         return answer.choices[0].text
@@ -143,13 +89,8 @@ def test_two_concurrent_clients_get_the_answers_of_one(server: Server) -> None:
 
 
 def test_metrics_answer(server: Server) -> None:
-    server.client.completions.create(model="demo", prompt="Hello", max_tokens=2)
-    generated = [
-        float(line.rsplit(" ", 1)[1])
-        for line in server.get("/metrics").splitlines()
-        if line.startswith("vllm:generation_tokens_total")
-    ]
-    assert generated and sum(generated) >= 2
+    client(server).completions.create(model="demo", prompt="Hello", max_tokens=2)
+    assert server.metric("vllm:generation_tokens_total") >= 2
 
 
 def samples(server: Server, prefix: str) -> dict[str, tuple[dict[str, str], float]]:
@@ -189,9 +130,7 @@ def test_metrics_of_the_sparse_cache(server: Server) -> None:
 def test_shutdown_is_clean_and_releases_the_port(server: Server) -> None:
     server.process.send_signal(signal.SIGINT)
     assert server.process.wait(timeout=60) == 0
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", server.port))
+    assert is_free(server.port)
     # vLLM's API server may still ask the engine that it has just stopped, a dense one too.
     failed = [line for line in server.log.read_text().splitlines() if "Traceback" in line]
     assert all(line.startswith("(APIServer") for line in failed), failed

@@ -1,18 +1,22 @@
 """Fits Triton's interpreter for our kernels; import before any module that defines one.
 
 It has no inline assembly; here :mod:`ptx_emulator` runs the kernels' own text. Its matrix product
-takes the bits of bfloat16, which NumPy lacks, for integers; here it widens them.
+takes the bits of bfloat16, which NumPy lacks, for integers; here it widens them. It patches
+Triton's language for each call of a kernel's helper, which takes longer than most calls; here once,
+for the whole process.
 """
 
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np  # noqa: E402
 import ptx_emulator  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle  # noqa: E402
 
 
@@ -52,3 +56,6 @@ def _numpy_dtype(scalar: tl.dtype) -> type:
 
 InterpreterBuilder.create_dot = _dot
 InterpreterBuilder.create_inline_asm = _inline_asm
+
+interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+interpreter._patch_lang = lambda function: interpreter._LangPatchScope()

@@ -217,10 +217,12 @@ def _attend_pages(
         sections = fmt.sections(pages.index_select(0, blocks.flatten()))
         # Blocks (R * n, H, N, ...) to one run of tokens (R, H, n * N, ...).
         tile = [s.unflatten(0, blocks.shape).transpose(1, 2).flatten(2, 3) for s in sections]
-        key = unpack_vectors(*tile[0::2], fmt.key)
+        bitmap, values, scales = tile[0::2]
+        key = unpack_vectors(bitmap, values, scales, fmt.key)
         # Whatever lies in memory no token was written to: its score is masked, its value zero.
         used = stored.unsqueeze(-1).byte()
-        value = unpack_vectors(*(section * used for section in tile[1::2]), fmt.value)
+        bitmap, values, scales = (section * used for section in tile[1::2])
+        value = unpack_vectors(bitmap, values, scales, fmt.value)
         softmax.add(key, value, position, stored)
 
 

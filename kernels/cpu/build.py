@@ -242,17 +242,17 @@ def _compile(compiler: list[str], scratch: Path) -> Path:
     objects = [str(scratch / f"{i}.o") for i in range(len(units))]
     _run_all(
         scratch,
-        (
+        [
             [*compiler, *FLAGS, *ISA_FLAGS[isa], "-c", str(KERNELS / source), "-o", out]
             for (source, isa), out in zip(units, objects, strict=True)
-        ),
+        ],
     )
     out = scratch / "kernels.so"
     _run_all(scratch, [[*compiler, *FLAGS, "-shared", *objects, "-o", str(out)]])
     return out
 
 
-def _run_all(scratch: Path, commands: Iterable[list[str]]) -> None:
+def _run_all(scratch: Path, commands: list[list[str]]) -> None:
     """Run compilers side by side; each command's last argument is the file it writes.
 
     Raises:
@@ -267,12 +267,12 @@ def _run_all(scratch: Path, commands: Iterable[list[str]]) -> None:
         ]
     except OSError as error:
         raise BuildError(f"the C++ compiler cannot be run: {error}") from error
-    errors = [process.communicate()[1] for process in running]
-    for process, error in zip(running, errors, strict=True):
-        if process.returncode or not Path(process.args[-1]).exists():
-            command = shlex.join(process.args)
-            logger.debug("sparsekv: %s\n%s", command, error)
-            raise BuildError(f"{command} failed: {_first_error(error)}")
+    outputs = [process.communicate()[1] for process in running]
+    for command, process, output in zip(commands, running, outputs, strict=True):
+        if process.returncode or not Path(command[-1]).exists():
+            line = shlex.join(command)
+            logger.debug("sparsekv: %s\n%s", line, output)
+            raise BuildError(f"{line} failed: {_first_error(output)}")
 
 
 def _first_error(output: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 from torch import Tensor, bfloat16, float16, float32
 
@@ -36,16 +37,17 @@ class Layout(ctypes.Structure):
     ]
 
 
-def _mirror(name: str, fields: list[tuple[type, str]]) -> type[ctypes.Structure]:
-    """A structure from groups of same-typed field names, in C++ order."""
-    pairs = [(field, ctype) for ctype, names in fields for field in names.split()]
-    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+def _fields(*groups: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """Fields of a structure from groups of same-typed names, in C++ order."""
+    return [(field, ctype) for ctype, names in groups for field in names.split()]
 
 
-Change = _mirror("Change", [(ctypes.c_void_p, "matrix mean"), (ctypes.c_int64, "matrix_stride")])
-AttentionCall = _mirror(
-    "AttentionCall",
-    [
+class Change(ctypes.Structure):
+    _fields_ = _fields((ctypes.c_void_p, "matrix mean"), (ctypes.c_int64, "matrix_stride"))
+
+
+class AttentionCall(ctypes.Structure):
+    _fields_ = _fields(
         (ctypes.c_void_p, "query key value out pages window"),
         (ctypes.c_void_p, "query_start_loc seq_lens block_table window_block_table sinks"),
         (ctypes.c_int64, "query_stride key_stride value_stride out_stride"),
@@ -56,39 +58,38 @@ AttentionCall = _mirror(
         (ctypes.c_float, "scale soft_cap"),
         (Change, "out_change"),
         (Layout, "layout"),
-    ],
-)
-PackCall = _mirror(
-    "PackCall",
-    [
+    )
+
+
+class PackCall(ctypes.Structure):
+    _fields_ = _fields(
         (ctypes.c_void_p, "key value pages slot_mapping"),
         (ctypes.c_int64, "key_stride value_stride page_stride page_head_stride num_tokens"),
         (ctypes.c_int32, "num_kv_heads block_size num_threads"),
         (Layout, "layout"),
-    ],
-)
-WindowCall = _mirror(
-    "WindowCall",
-    [
+    )
+
+
+class WindowCall(ctypes.Structure):
+    _fields_ = _fields(
         (ctypes.c_void_p, "key value window query_start_loc seq_lens window_block_table"),
         (ctypes.c_void_p, "slot_mapping"),
         (ctypes.c_int64, "key_stride value_stride window_stride window_head_stride"),
         (ctypes.c_int64, "window_block_table_stride num_slots"),
         (ctypes.c_int32, "num_reqs num_kv_heads slots_per_block blocks_per_ring num_threads"),
         (Layout, "layout"),
-    ],
-)
-StepCall = _mirror(
-    "StepCall",
-    [
+    )
+
+
+class StepCall(ctypes.Structure):
+    _fields_ = _fields(
         (AttentionCall, "attention"),
         (Change, "key_change query_change value_change"),
         (ctypes.c_void_p, "slot_mapping"),
         (ctypes.c_int64, "num_slots"),
         (ctypes.c_void_p, "kept_key kept_value"),
         (ctypes.c_int32, "fills_window"),
-    ],
-)
+    )
 
 
 @cache

@@ -100,6 +100,7 @@ def step(
     """
     fmt, basis = layer.format, layer.basis
     if key is None:
+        assert kept is not None
         key, value = kept
     else:
         key, value = basis.stored_key(key), basis.stored_value(value)

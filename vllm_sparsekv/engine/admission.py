@@ -180,14 +180,14 @@ def _check_skip_layers(skip: Sequence[int | str], vllm_config: VllmConfig) -> No
     total = vllm_config.model_config.get_total_num_hidden_layers()
     kinds = layer_kinds(vllm_config)
     attention = range(total) if kinds is None else [i for i, k in enumerate(kinds) if k != "state"]
-    skipped = set()
+    skipped: set[int] = set()
     for layer in skip:
         if isinstance(layer, str):
             named = [i for i in attention if kinds is None or kinds[i] == layer]
             if not named:
                 raise ValueError(
                     f"sparsekv.skip_layers={layer!r}: the model has no such layers, it has "
-                    f"{sorted(set(kinds))}"
+                    f"{sorted(set(kinds or ()))}"
                 )
             skipped.update(named if kinds is not None else ())
         elif not -total <= layer < total or layer % total not in attention:

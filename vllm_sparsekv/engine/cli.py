@@ -29,7 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...")
     args = parser.parse_args(arguments)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    logging.lastResort.setLevel(logging.ERROR)  # which vLLM's loggers use until it sets them up
+    if logging.lastResort is not None:  # which vLLM's loggers use until it sets them up
+        logging.lastResort.setLevel(logging.ERROR)
     try:
         module, _ = COMMANDS[args.command]
         importlib.import_module(f"vllm_sparsekv.engine.{module}").main(args.arguments)

@@ -21,6 +21,9 @@ from vllm_sparsekv.format.basis import kv_heads_of_rank
 class Observer:
     """Mixed into vLLM's worker, ``worker_extension_cls``; its methods are called by name."""
 
+    model_runner: Any
+    vllm_config: Any
+
     def sparsekv_observe(self) -> list[dict[str, int]]:
         """Begin to observe, at the positions :meth:`sparsekv_place` says.
 
@@ -28,7 +31,7 @@ class Observer:
             for each layer of this rank that stores keys: ``index``, ``num_kv_heads`` of the whole
             model, its ``first`` and ``stop`` here, ``head_size``, and whether it is ``centred``.
         """
-        self.sparsekv_first = None
+        self.sparsekv_first: int | None = None
         self.sparsekv_moments_of: dict[int, Moments] = {}
         self.model_runner.model.register_forward_pre_hook(self._sparsekv_move, with_kwargs=True)
         layers = sparse_layers(self.vllm_config)

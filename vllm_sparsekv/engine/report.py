@@ -88,7 +88,7 @@ def _vectors(asked: SparseKVConfig, fmt: SparseFormat) -> str:
     )
 
 
-def _skipped_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str, Any]) -> str:
+def _skipped_line(vllm_config: VllmConfig, sparse: list[Any], skipped: Mapping[str, Any]) -> str:
     """What skipping costs a request of ``max_model_len`` tokens, but for groups left unfilled."""
 
     def size(layer: Any, backend: Any) -> int:
@@ -109,7 +109,7 @@ def _skipped_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str,
     )
 
 
-def _transfer_line(vllm_config: VllmConfig, sparse: list[Any], skipped: dict[str, Any]) -> str:
+def _transfer_line(vllm_config: VllmConfig, sparse: list[Any], skipped: Mapping[str, Any]) -> str:
     """What a token costs wherever pages are kept or moved to."""
     dense = [layer for layer in skipped.values() if not layer.kv_sharing_target_layer_name]
     unskipped = sum(map(dense_token_bytes, dense))

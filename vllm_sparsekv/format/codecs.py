@@ -40,6 +40,14 @@ class Codec:
     whole_only: ClassVar[bool] = False
     bands: ClassVar[int] = 1
 
+    def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., k) floats -> (..., bytes) uint8 and (..., scale_bytes) uint8."""
+        raise NotImplementedError
+
+    def decode(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+        """What :meth:`encode` gives -> (..., k) float32."""
+        raise NotImplementedError
+
 
 class AutoCodec(Codec):
     """Values in the model's own dtype, stored exactly."""
@@ -47,7 +55,7 @@ class AutoCodec(Codec):
     name = "auto"
 
     @property
-    def bits(self) -> int:
+    def bits(self) -> int:  # type: ignore[override]
         return self.dtype.itemsize * 8
 
     def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

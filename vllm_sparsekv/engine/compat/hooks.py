@@ -212,6 +212,6 @@ def wrap_once(
     original = getattr(owner, name)
     if getattr(original, "wrapped_by_sparsekv", False):
         return
-    wrapper = make(original)
+    wrapper: Any = make(original)
     wrapper.wrapped_by_sparsekv = True
     setattr(owner, name, kind(wrapper))

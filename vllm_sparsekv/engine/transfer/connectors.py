@@ -117,7 +117,7 @@ def _with(ours: dict[str, str], name: str, extra: dict[str, Any]) -> dict[str, A
 
 def _check(name: str | None, module_path: str | None, extra: dict[str, Any]) -> None:
     if name not in CARRIED or module_path:
-        reason = _UNKNOWN if module_path else REFUSED.get(name, _UNKNOWN)
+        reason = _UNKNOWN if module_path else REFUSED.get(str(name), _UNKNOWN)
         raise ValueError(
             f"kv_connector={name!r}{_of(module_path)}: {reason}; must be one of "
             f"{list(CARRIED)} with attention_backend=sparsekv"

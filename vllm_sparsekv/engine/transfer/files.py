@@ -73,7 +73,7 @@ class SealedFiles(FileSystemTierManager):
             batch_load_block(*self._transfer(keys, chunks))
         except OSError as error:
             failure, read = error, getattr(error, "num_succeeded", 0)
-        damaged = [i for i in range(read) if not self._is_sealed(keys[i], chunks[i])]
+        damaged = [i for i in range(read) if not self._is_sealed(keys[i], int(chunks[i]))]
         for path in (self.file_mapper.get_file_name(keys[i]) for i in damaged):
             logger.warning("sparsekv: %s is damaged and removed, its tokens are computed", path)
             with suppress(OSError):

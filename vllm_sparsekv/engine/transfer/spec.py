@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from vllm_sparsekv.engine.compat.transfer import (
     CanonicalKVCaches,
@@ -30,6 +31,9 @@ class SparseKVOffloadingSpec(TieringOffloadingSpec):
     Raises:
         ValueError: the host memory holds no chunk.
     """
+
+    secondary_tier_configs: list[dict[str, Any]]
+    _worker: OffloadingWorker | None
 
     def __init__(self, config: OffloadingConfig) -> None:
         # Tiers key by the size of every group besides.
