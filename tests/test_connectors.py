@@ -168,6 +168,28 @@ def test_the_origin_follows_the_weights(tmp_path):
     assert len(origins) == 2
 
 
+def test_the_origin_follows_the_drafter(tmp_path):
+    """Whose pages go wherever the target's do."""
+
+    def origin(method: str, path: str | None = None, **more: Any) -> str:
+        tokens = {"num_speculative_tokens": 2}
+        drafts = {"method": method, "model": path} | tokens | more
+        return admitted(speculative_config=drafts).kv_connector_extra_config[ORIGIN]
+
+    paths = []
+    for weights in (b"some", b"others"):
+        folder = tmp_path / str(len(paths)) / "drafter"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_bytes((MODEL / "config.json").read_bytes())
+        (folder / "pytorch_model.bin").write_bytes(weights)
+        paths.append(str(folder))
+    one, other = (origin("draft_model", path) for path in paths)
+    alone = admitted().kv_connector_extra_config[ORIGIN]
+    assert len({one, other, alone}) == 3
+    assert origin("draft_model", paths[0]) == one
+    assert origin("ngram", prompt_lookup_max=4) == alone
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

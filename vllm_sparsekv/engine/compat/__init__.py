@@ -26,6 +26,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, KVCach
 
 from vllm_sparsekv.engine.compat.config import (
     changed_options,
+    describe_drafter,
+    describe_model,
     deselect_backend,
     forget_cache_dtype_of_checkpoint,
     has_drafter,
@@ -33,12 +35,10 @@ from vllm_sparsekv.engine.compat.config import (
     is_drafters,
     largest_position,
     lookahead_tokens,
-    model_configuration,
     model_identity,
     parse_engine_options,
     reads_first_group,
     settle_connector,
-    weights_identity,
 )
 from vllm_sparsekv.engine.compat.hooks import (
     engine_arguments,
@@ -101,6 +101,8 @@ __all__ = [
     "changed_options",
     "check_version",
     "current_device",
+    "describe_drafter",
+    "describe_model",
     "deselect_backend",
     "engine_arguments",
     "engine_config",
@@ -116,7 +118,6 @@ __all__ = [
     "layer_index",
     "layer_metadata",
     "lookahead_tokens",
-    "model_configuration",
     "model_identity",
     "of_ranks",
     "offline_engine",
@@ -139,7 +140,6 @@ __all__ = [
     "watch_engine_arguments",
     "watch_layers",
     "watch_metrics",
-    "weights_identity",
     "workspace",
     "write_tokens",
     "zero_on_cpu",

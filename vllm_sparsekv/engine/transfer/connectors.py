@@ -11,9 +11,9 @@ from typing import Any
 
 from vllm_sparsekv.engine.compat import (
     VllmConfig,
-    model_configuration,
+    describe_drafter,
+    describe_model,
     settle_connector,
-    weights_identity,
 )
 from vllm_sparsekv.format.fingerprint import origin
 from vllm_sparsekv.settings import SparseKVConfig
@@ -93,14 +93,10 @@ def prepare_connector(vllm_config: VllmConfig, settings: SparseKVConfig) -> None
 
 def page_origin(vllm_config: VllmConfig, settings: SparseKVConfig) -> str:
     """The ``origin`` of this engine's pages, which have these settings."""
-    model = vllm_config.model_config
     return origin(
         settings,
-        model=str(model.model),
-        revision=model.revision,
-        weights=[str(model.quantization), *weights_identity(vllm_config)],
-        configuration=model_configuration(vllm_config),
-        dtype=str(model.dtype),
+        **describe_model(vllm_config.model_config),
+        drafter=describe_drafter(vllm_config),
     )
 
 
