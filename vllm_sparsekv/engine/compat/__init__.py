@@ -10,6 +10,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.distributed.nixl_utils import is_nixl_available
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
@@ -114,6 +115,7 @@ __all__ = [
     "has_weights",
     "init_logger",
     "is_drafters",
+    "is_nixl_available",
     "largest_position",
     "layer_index",
     "layer_metadata",
