@@ -30,7 +30,8 @@ from engines import engine, first_logprobs, generate, metric, texts
 with engine(skip_tokenizer_init=True, **json.loads(sys.argv[1])) as llm:
     print("READY", flush=True)
     for line in sys.stdin:
-        prompt, params = json.loads(line)
+        prompt, params, fresh = json.loads(line)
+        assert not fresh or llm.reset_prefix_cache()
         extra = {"extra_args": {"kv_transfer_params": params}} if params else {}
         (output,) = generate(llm, [prompt], 4, logprobs=20, **extra)
         answer = {
@@ -50,8 +51,11 @@ class Engine:
         self._process, self._log = process, log
         self._read("READY")
 
-    def ask(self, prompt: list[int], params: dict[str, Any] | None = None) -> dict[str, Any]:
-        print(json.dumps([prompt, params]), file=self._process.stdin, flush=True)
+    def ask(
+        self, prompt: list[int], params: dict[str, Any] | None = None, fresh: bool = False
+    ) -> dict[str, Any]:
+        """Once everything cached is forgotten, if ``fresh``."""
+        print(json.dumps([prompt, params, fresh]), file=self._process.stdin, flush=True)
         return json.loads(self._read("ANSWER"))
 
     def _read(self, word: str) -> str:
@@ -82,6 +86,7 @@ def start(model: Path, role: str, log: Path, settings: dict[str, Any]) -> Iterat
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(get_open_port()),
+        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TORCHDYNAMO_DISABLE": "1",
     }
     with (
@@ -146,9 +151,9 @@ def test_pages_of_other_settings_are_refused_and_computed(
     """Those of these settings have the same size."""
     settings = SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}
     with start(model, "kv_consumer", tmp_path / "log.txt", settings) as decode:
-        hit, params = computed(prefill, prompt(2, LENGTH))
-        answer, again = decode.ask(prompt(2, LENGTH), params), decode.ask(prompt(2, LENGTH))
-        cold = decode.ask(prompt(3, LENGTH))
+        _, params = computed(prefill, prompt(2, LENGTH))
+        answer, hit = decode.ask(prompt(2, LENGTH), params), decode.ask(prompt(2, LENGTH))
+        cold = decode.ask(prompt(2, LENGTH), fresh=True)
     assert "NIXL compatibility hash mismatch" in (tmp_path / "log.txt").read_text()
-    print(answer["cached"], again["cached"], cold["cached"])
-    assert answer["cached"] == 0 and again["cached"] == 256
+    assert (answer["cached"], hit["cached"], cold["cached"]) == (0, 256, 0)
+    assert_same(answer, cold)
