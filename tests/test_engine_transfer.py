@@ -126,6 +126,24 @@ def test_host_memory_keeps_what_the_cache_forgets(model: Path) -> None:
         assert beyond.num_cached_tokens == CACHED
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_layers_with_sliding_windows(family: str, tmp_path: Path) -> None:
+    """Alone, and beside layers that see everything."""
+    model = models.build(family, tmp_path / "model")
+    with offloading(model, tmp_path / "files") as llm:
+        cold, hit = (ask(llm, [prompt()])[0] for _ in range(2))
+        assert llm.reset_prefix_cache()
+        (restored,) = ask(llm, [prompt()])
+        (beyond,) = ask(llm, [[*prompt(), *prompt(1)]])
+    assert (cold.num_cached_tokens, hit.num_cached_tokens) == (0, CACHED)
+    assert restored.num_cached_tokens == beyond.num_cached_tokens == CACHED
+    assert_same(restored, hit)
+    with offloading(model, tmp_path / "files") as llm:
+        (restored,) = ask(llm, [prompt()])
+    assert restored.num_cached_tokens == CACHED
+    assert_same(restored, hit)
+
+
 def test_bytes_moved_are_those_of_the_pages(model: Path) -> None:
     """A token has 16 + 2 bytes of int4 keys and 12 + 2 of int3 values in 2 heads of 4 layers."""
     with offloading(model) as llm:
