@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import MODEL
-from test_planning import GEMMA_27B
+from engines import MODEL, ROOT
+from test_planning import GEMMA_27B, LLAMA_8B
 
 from vllm_sparsekv.engine import calibrate, cli, doctor, inspection
 from vllm_sparsekv.engine.inspection import Cache, Inspection, Layers
+from vllm_sparsekv.engine.transfer.spec import chunk_bytes
 from vllm_sparsekv.kernels import api
 from vllm_sparsekv.kernels.cpu import build, ops
 
@@ -82,6 +84,25 @@ def test_inspect_reads_no_weights_and_tells_layers_apart(
         62 * 16 * (16 + 64 + 64 + 2),
         62 * 16 * (48 + 4 + 32 + 2),
     ]
+
+
+def test_the_guide_has_the_bytes_of_every_tier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "pages" / "guide.md").read_text()
+    rows = re.findall(r"^\| `?(\w+)`? \| ([\d, |]+) \|$", text, re.MULTILINE)
+    said = {name: [int(cell.replace(",", "")) for cell in cells.split("|")] for name, cells in rows}
+    presets = {name: preset for name, preset in inspection.PRESETS.items() if name in said}
+    assert said.keys() == {"dense", *presets} and "balanced" in presets
+    monkeypatch.setattr(inspection, "PRESETS", presets)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    for place, model in enumerate([MODEL, tmp_path]):
+        options = {"model": str(model), "max_model_len": 8192, "dtype": "bfloat16"}
+        for cache in inspection.inspect(options, 1 << 33).caches:
+            kept = cache.token_bytes
+            if cache.preset != "dense":
+                kept = chunk_bytes(cache.token_bytes * cache.block_size) / cache.block_size
+            assert said[cache.preset][2 * place : 2 * place + 2] == [cache.token_bytes, kept]
 
 
 def test_a_cache_too_small_for_one_request_is_said(presets: None) -> None:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import MODEL
+import torch
+from engines import MODEL, ROOT
 from planning import Layer, build_layers, plan
 from planning import configure as configure_shape
 from test_admission import configure
 from test_planning import LLAMA_8B
-from vllm.config import KVTransferConfig
+from vllm.config import KVTransferConfig, set_current_vllm_config
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.config import build_offloading_config
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.distributed.nixl_utils import is_nixl_available
+from vllm.distributed.parallel_state import ensure_model_parallel_initialized
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+from vllm.v1.worker.utils import allocate_kv_cache
 
 from vllm_sparsekv.engine import report
+from vllm_sparsekv.engine.compat import single_worker
 from vllm_sparsekv.engine.transfer import connectors
 from vllm_sparsekv.engine.transfer.connectors import CARRIED, CARRIED_TIERS, ORIGIN, SPEC
 
@@ -52,6 +62,20 @@ def test_the_tables_name_every_connector_and_tier_of_vllm():
         [*CARRIED_TIERS, *connectors.REFUSED_TIERS]
     )
     assert sorted(OffloadingSpecFactory._registry) == sorted(connectors.STOCK_SPECS)
+
+
+def test_the_page_on_support_says_the_same():
+    carried = {name: "works" for name in CARRIED} | {"MultiConnector": "works with those that do"}
+    refused = {name: f"refused: {reason}" for name, reason in connectors.REFUSED.items()}
+    rows = {f"`{name}`": says for name, says in (carried | refused).items()}
+    rows |= {f"`OffloadingConnector`, tier `{tier}`": "works" for tier in CARRIED_TIERS}
+    rows |= {
+        f"`OffloadingConnector`, tier `{tier}`": f"refused: {reason}"
+        for tier, reason in connectors.REFUSED_TIERS.items()
+    }
+    table = "".join(f"| {name} | {says} |\n" for name, says in sorted(rows.items()))
+    page = (ROOT / "docs" / "pages" / "support.md").read_text()
+    assert f"| connector | |\n|---|---|\n{table}\n" in page, table
 
 
 @pytest.mark.parametrize("name", sorted({*connectors.REFUSED} - {"HiSparseConnector"}))
@@ -113,8 +137,8 @@ def test_connectors_of_a_multi_connector_are_seen_to_as_well():
         extra = dict(found["kv_connector_extra_config"])
         assert len(extra.pop(ORIGIN)) == 64
         assert extra == HOST | SPEC
-    other = child | {"kv_connector": "NixlConnector"}
-    assert "kv_connector='NixlConnector': " in refusal(
+    other = child | {"kv_connector": "NixlPushConnector"}
+    assert "kv_connector='NixlPushConnector': " in refusal(
         "MultiConnector", {"connectors": [child, other]}
     )
 
@@ -166,6 +190,28 @@ def test_the_origin_follows_the_weights(tmp_path):
         (tmp_path / "pytorch_model.bin").write_bytes(weights)
         origins.add(admitted(model=tmp_path).kv_connector_extra_config[ORIGIN])
     assert len(origins) == 2
+
+
+def test_the_origin_follows_the_drafter(tmp_path):
+    """Whose pages go wherever the target's do."""
+
+    def origin(method: str, path: str | None = None, **more: Any) -> str:
+        tokens = {"num_speculative_tokens": 2}
+        drafts = {"method": method, "model": path} | tokens | more
+        return admitted(speculative_config=drafts).kv_connector_extra_config[ORIGIN]
+
+    paths = []
+    for weights in (b"some", b"others"):
+        folder = tmp_path / str(len(paths)) / "drafter"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_bytes((MODEL / "config.json").read_bytes())
+        (folder / "pytorch_model.bin").write_bytes(weights)
+        paths.append(str(folder))
+    one, other = (origin("draft_model", path) for path in paths)
+    alone = admitted().kv_connector_extra_config[ORIGIN]
+    assert len({one, other, alone}) == 3
+    assert origin("draft_model", paths[0]) == one
+    assert origin("ngram", prompt_lookup_max=4) == alone
 
 
 @pytest.mark.parametrize(
@@ -232,3 +278,134 @@ def test_bytes_of_a_token_below_the_cache(tmp_path):
     assert spec.cpu_page_size_per_worker == page
     assert page < spec.kv_bytes_per_chunk <= 1.01 * page
     assert spec.num_chunks == (1 << 30) // spec.kv_bytes_per_chunk
+
+
+NIXL = pytest.mark.skipif(not is_nixl_available(), reason="needs nixl, pip install nixl")
+SMALL = LLAMA_8B | {"num_hidden_layers": 2}
+PAGE = 64 * 8 * 116
+"""Bytes of a layer's page: 64 tokens, 8 heads of 64 + 2 bytes of keys and 48 + 2 of values."""
+
+
+@pytest.fixture
+def worker() -> Iterator[None]:
+    with single_worker():
+        yield
+
+
+def construct(folder: Path, name: str, extra: dict[str, Any], **settings: Any) -> dict[Any, Any]:
+    """A connector in both roles, as an engine makes it; the worker's has the cache."""
+    given = configure_shape(
+        folder,
+        SMALL,
+        attention_backend="sparsekv",
+        additional_config={
+            "sparsekv": {"key_dtype": "int4", "value_dtype": "int3", "basis": "none"} | settings
+        },
+        max_model_len=1024,
+        kv_transfer_config=KVTransferConfig(
+            kv_connector=name, kv_role="kv_both", kv_connector_extra_config=extra
+        ),
+    )
+    build_layers(given, dict.fromkeys(range(2), Layer()))
+    groups = plan(given, 1 << 24).groups
+    layout = given.cache_config.get_resolved_kv_cache_layout()
+    with set_current_vllm_config(given):
+        ensure_model_parallel_initialized(1, 1)
+        made = {
+            role: KVConnectorFactory.create_connector(given, role, groups)
+            for role in (KVConnectorRole.SCHEDULER, KVConnectorRole.WORKER)
+        }
+        tensors = allocate_kv_cache(groups, torch.device("cpu"), layout)
+        assert len(tensors) == 4, "pages and rings"
+        made[KVConnectorRole.WORKER].register_kv_caches(tensors)
+    return made
+
+
+def moved(connector: Any) -> list[int]:
+    """Bytes of what a worker's connector keeps or moves of a block."""
+    if isinstance(connector, MultiConnector):
+        return [size for child in connector._connectors for size in moved(child)]
+    if isinstance(connector, OffloadingConnector):
+        host = connector.connector_worker.worker
+        return [cache.shape[1] for layers in host._groups for cache, _ in layers]
+    return connector.connector_worker.block_len_per_layer
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "times"),
+    [
+        ("OffloadingConnector", HOST, 1),
+        pytest.param("NixlConnector", {}, 1, marks=NIXL),
+        pytest.param("NixlPullConnector", {}, 1, marks=NIXL),
+        (
+            "MultiConnector",
+            {
+                "connectors": [
+                    {
+                        "kv_connector": "OffloadingConnector",
+                        "kv_role": "kv_both",
+                        "kv_connector_extra_config": HOST,
+                    }
+                ]
+            },
+            1,
+        ),
+        pytest.param(
+            "MultiConnector",
+            {
+                "connectors": [
+                    {
+                        "kv_connector": "OffloadingConnector",
+                        "kv_role": "kv_both",
+                        "kv_connector_extra_config": HOST,
+                    },
+                    {"kv_connector": "NixlConnector", "kv_role": "kv_both"},
+                ]
+            },
+            2,
+            marks=NIXL,
+        ),
+    ],
+)
+def test_what_is_carried_is_pages_and_no_window(tmp_path, worker, name, extra, times):
+    made = construct(tmp_path, name, extra)
+    assert moved(made[KVConnectorRole.WORKER]) == [PAGE] * 2 * times
+    for connector in made.values():
+        connector.shutdown()
+
+
+@NIXL
+def test_nixl_tells_pages_apart(tmp_path, worker):
+    hashes = []
+    for settings in ({}, {"window": 8}, {"key_dtype": "int3", "value_dtype": "int4"}):
+        made = construct(tmp_path, "NixlConnector", {}, **settings)
+        hashes.append(made[KVConnectorRole.WORKER].connector_worker.compat_hash)
+        for connector in made.values():
+            connector.shutdown()
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_nixl_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(connectors, "is_nixl_available", lambda: False)
+    assert "kv_connector='NixlConnector': needs the package nixl" in refusal("NixlConnector", {})
+
+
+def test_nixl_with_engines_of_other_pages_is_refused(monkeypatch):
+    monkeypatch.setattr(connectors, "is_nixl_available", lambda: True)
+    message = refusal("NixlConnector", {"enforce_handshake_compat": False})
+    assert "enforce_handshake_compat=False: must be True" in message
+
+
+def test_nixl_becomes_ours_under_its_name(monkeypatch):
+    monkeypatch.setattr(connectors, "is_nixl_available", lambda: True)
+    for name in connectors.NIXL:
+        config = admitted(name, {"num_threads": 2})
+        assert (config.kv_connector, config.kv_connector_module_path) == (
+            name,
+            "vllm_sparsekv.engine.transfer.nixl",
+        )
+        assert config.kv_connector_extra_config.keys() == {"num_threads", ORIGIN}
+        assert issubclass(
+            KVConnectorFactory.get_connector_class(config),
+            KVConnectorFactory.get_connector_class_by_name(name),
+        )

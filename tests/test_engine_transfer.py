@@ -5,6 +5,9 @@ Engines run in this process, where one of a tiny model starts in two seconds.
 
 from __future__ import annotations
 
+import errno
+import math
+import os
 import random
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -14,8 +17,9 @@ import models
 import pytest
 import torch
 from engines import engine, first_logprobs, generate, metric, texts
-from vllm import LLM
+from vllm import LLM, SamplingParams
 
+from vllm_sparsekv.engine.transfer.files import SEAL, SealedFiles
 from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import write_basis
 
@@ -122,6 +126,45 @@ def test_host_memory_keeps_what_the_cache_forgets(model: Path) -> None:
         assert beyond.num_cached_tokens == CACHED
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_layers_with_sliding_windows(family: str, tmp_path: Path) -> None:
+    """Alone, and beside layers that see everything."""
+    model = models.build(family, tmp_path / "model")
+    with offloading(model, tmp_path / "files") as llm:
+        cold, hit = (ask(llm, [prompt()])[0] for _ in range(2))
+        assert llm.reset_prefix_cache()
+        (restored,) = ask(llm, [prompt()])
+        (beyond,) = ask(llm, [[*prompt(), *prompt(1)]])
+    assert (cold.num_cached_tokens, hit.num_cached_tokens) == (0, CACHED)
+    assert restored.num_cached_tokens == beyond.num_cached_tokens == CACHED
+    assert_same(restored, hit)
+    with offloading(model, tmp_path / "files") as llm:
+        (restored,) = ask(llm, [prompt()])
+    assert restored.num_cached_tokens == CACHED
+    assert_same(restored, hit)
+
+
+def test_state_layers_come_back_too(tmp_path: Path) -> None:
+    """At the end of a block, which has as many tokens as a state has bytes for."""
+    model = models.build("qwen3_next", tmp_path / "model")
+    options = {
+        "dtype": "bfloat16",
+        "block_size": None,
+        "max_model_len": 4096,
+        "max_num_batched_tokens": 4096,
+        "kv_cache_memory_bytes": 1 << 28,
+    }
+    tokens = prompt(length=2500)
+    with offloading(model, **options) as llm:
+        block = llm.llm_engine.vllm_config.cache_config.block_size
+        cold, hit = (ask(llm, [tokens])[0] for _ in range(2))
+        assert llm.reset_prefix_cache()
+        (restored,) = ask(llm, [tokens])
+    assert 1250 < block < 2500
+    assert [answer.num_cached_tokens for answer in (cold, hit, restored)] == [0, block, block]
+    assert_same(restored, hit)
+
+
 def test_bytes_moved_are_those_of_the_pages(model: Path) -> None:
     """A token has 16 + 2 bytes of int4 keys and 12 + 2 of int3 values in 2 heads of 4 layers."""
     with offloading(model) as llm:
@@ -215,6 +258,55 @@ def test_damaged_files_are_computed_again(model: Path, tmp_path: Path) -> None:
     assert_same(restored, stored.hit)
 
 
+def test_a_full_disk_is_a_miss_later(
+    model: Path, stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*write: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with offloading(model, tmp_path) as llm:
+        monkeypatch.setattr(SealedFiles, "_write", full)
+        (answer,) = ask(llm, [prompt()])
+        assert llm.reset_prefix_cache()
+        (restored,) = ask(llm, [prompt()])
+        monkeypatch.undo()
+        ask(llm, [prompt(1)])
+    assert (answer.num_cached_tokens, restored.num_cached_tokens) == (0, CACHED)
+    assert_same(restored, stored.hit)
+    assert len(list(tmp_path.rglob("*.bin"))) == CACHED // 64
+    with offloading(model, tmp_path) as llm:
+        answers = [ask(llm, [prompt(seed)])[0] for seed in (0, 1)]
+    assert [answer.num_cached_tokens for answer in answers] == [0, CACHED]
+    assert_same(answers[0], stored.cold)
+
+
+def test_what_host_memory_evicts_comes_back_from_files(model: Path, tmp_path: Path) -> None:
+    """It holds one prompt of four."""
+    chunk = 4096 * math.ceil((64 * 32 * 2 * 4 + SEAL.size) / 4096)
+    extra = {"cpu_bytes_to_use": 5 * chunk}
+    with offloading(model, tmp_path, extra=extra) as llm:
+        hits = []
+        for seed in range(4):
+            _, hit = (ask(llm, [prompt(seed)])[0] for _ in range(2))
+            hits.append(hit)
+        assert llm.reset_prefix_cache()
+        for seed, hit in enumerate(hits):
+            (restored,) = ask(llm, [prompt(seed)])
+            assert restored.num_cached_tokens == hit.num_cached_tokens == CACHED
+            assert_same(restored, hit)
+
+
+def test_a_request_aborted_while_its_pages_are_read(model: Path, stored: Stored) -> None:
+    with offloading(model, stored.folder) as llm:
+        params = SamplingParams(max_tokens=4)
+        llm.llm_engine.add_request("gone", {"prompt_token_ids": prompt()}, params)
+        llm.llm_engine.step()
+        llm.llm_engine.abort_request(["gone"])
+        (restored,) = ask(llm, [prompt()])
+    assert restored.num_cached_tokens == CACHED
+    assert_same(restored, stored.hit)
+
+
 def test_requests_that_share_a_prefix_restore_it_together(model: Path, stored: Stored) -> None:
     tails = [prompt(seed, 20 * seed) for seed in range(1, 7)]
     prompts = [[*prompt()[:CACHED], *tail] for tail in tails]
@@ -237,16 +329,22 @@ def test_chunks_of_several_blocks(model: Path, stored: Stored) -> None:
     assert_same(restored, stored.hit)
 
 
-def test_preempted_requests_come_back_from_host_memory(model: Path) -> None:
-    """A crowd that outgrows the cache, twice: the second time it is restored."""
+def test_preempted_requests_come_back(model: Path, tmp_path: Path) -> None:
+    """A crowd that outgrows the cache, restored from host memory, and from files by an engine."""
     crowd = [prompt(seed, 190) for seed in range(12)]
-    with offloading(model, num_gpu_blocks_override=24) as llm:
+    options = {"num_gpu_blocks_override": 24}
+
+    def check(llm: LLM) -> None:
+        outputs = ask(llm, crowd)
+        assert [output.num_cached_tokens for output in outputs] == [128] * len(crowd)
+        assert texts(outputs) == alone
+
+    with offloading(model, tmp_path, **options) as llm:
         ask(llm, crowd)
         alone = [texts(ask(llm, [tokens]))[0] for tokens in crowd]
         before = metric(llm, "vllm:num_preemptions")
         assert llm.reset_prefix_cache()
-        for _ in range(2):
-            outputs = ask(llm, crowd)
-            assert [output.num_cached_tokens for output in outputs] == [128] * len(crowd)
-            assert texts(outputs) == alone
+        check(llm)
         assert metric(llm, "vllm:num_preemptions") > before
+    with offloading(model, tmp_path, **options) as llm:
+        check(llm)

@@ -45,6 +45,7 @@ def of(settings: SparseKVConfig = SETTINGS, block_size: int = 64, **model: Any) 
         {"weights": ["w0"]},
         {"configuration": {"hidden_size": 64, "rope_parameters": {"rope_theta": 1e4}}},
         {"dtype": "torch.float16"},
+        {"drafter": MODEL},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
+import os
 import random
+import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,7 +36,7 @@ from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.base import JobResult, TransferJob
 
 from vllm_sparsekv.engine.transfer.connectors import ORIGIN
-from vllm_sparsekv.engine.transfer.files import SEAL, SealedFiles
+from vllm_sparsekv.engine.transfer.files import ABANDONED, SEAL, SealedFiles
 from vllm_sparsekv.engine.transfer.host import HostWorker
 from vllm_sparsekv.engine.transfer.spec import SparseKVOffloadingSpec
 
@@ -73,6 +77,17 @@ class Files:
     def path(self, key: OffloadKey) -> Path:
         return Path(self.tier.file_mapper.get_file_name(key))
 
+    def unfinished(self) -> list[Path]:
+        return list((Path(self.tier.file_mapper.base_path) / "unfinished").iterdir())
+
+    def put(self, count: int) -> None:
+        """The first chunks of ``CONTENT`` into memory."""
+        self.memory[:] = 0
+        self.memory[:count, : -SEAL.size] = CONTENT[:count]
+
+    def holds(self, count: int) -> bool:
+        return np.array_equal(self.memory[:count, : -SEAL.size], CONTENT[:count])
+
     def run(self, submit: Callable[[TransferJob], None], keys: list[OffloadKey]) -> JobResult:
         """A job over the first chunks, to its end."""
         submit(TransferJob(1, keys, np.arange(len(keys)), False, ReqContext("request")))
@@ -93,7 +108,7 @@ CONTENT = np.frombuffer(random.Random(0).randbytes(4 * CHUNK), np.int8).reshape(
 def files(tmp_path: Path) -> Iterator[Files]:
     """Four chunks on disk, none in memory."""
     files = Files(tmp_path)
-    files.memory[:4, : -SEAL.size] = CONTENT
+    files.put(4)
     assert files.run(files.tier.submit_store, KEYS).success
     files.memory[:] = 0
     yield files
@@ -103,7 +118,7 @@ def files(tmp_path: Path) -> Iterator[Files]:
 def test_what_was_written_is_read(files: Files) -> None:
     result = files.run(files.tier.submit_load, KEYS)
     assert (result.success, result.transfer_bytes) == (True, 4 * CHUNK)
-    assert np.array_equal(files.memory[:4, : -SEAL.size], CONTENT)
+    assert files.holds(4)
     assert files.tier.tier_type == "fs"
 
 
@@ -152,7 +167,7 @@ def test_damaged_files_are_misses(files: Files, damage: Callable[[Path], None]) 
     damage(files.path(KEYS[2]))
     result = files.run(files.tier.submit_load, KEYS)
     assert (result.success, result.successful_keys) == (False, tuple(KEYS[:2]))
-    assert np.array_equal(files.memory[:2, : -SEAL.size], CONTENT[:2])
+    assert files.holds(2)
     assert [files.path(key).is_file() for key in KEYS] == [True, True, False, True]
     if damage is make_a_folder:
         return
@@ -160,7 +175,7 @@ def test_damaged_files_are_misses(files: Files, damage: Callable[[Path], None]) 
     assert files.run(files.tier.submit_store, KEYS[2:3]).success
     files.memory[:] = 0
     assert files.run(files.tier.submit_load, KEYS).success
-    assert np.array_equal(files.memory[:4, : -SEAL.size], CONTENT)
+    assert files.holds(4)
 
 
 def test_of_two_damaged_files_the_first_counts(files: Files) -> None:
@@ -183,13 +198,149 @@ def test_a_longer_file_holds_what_was_written(files: Files) -> None:
     with files.path(KEYS[0]).open("ab") as file:
         file.write(b"more")
     assert files.run(files.tier.submit_load, KEYS).success
-    assert np.array_equal(files.memory[:4, : -SEAL.size], CONTENT)
+    assert files.holds(4)
 
 
 def test_other_fingerprints_have_other_folders(files: Files, tmp_path: Path) -> None:
     other = Files(tmp_path, origin="b")
     assert files.path(KEYS[0]).is_file()
     assert not other.path(KEYS[0]).exists()
+    other.tier.shutdown()
+
+
+@pytest.fixture
+def empty_files(tmp_path: Path) -> Iterator[Files]:
+    """Four chunks in memory, none on disk."""
+    files = Files(tmp_path)
+    files.put(4)
+    yield files
+    files.tier.shutdown()
+
+
+@pytest.mark.parametrize("how", ["refuses", "takes a part"])
+def test_what_a_full_disk_does_not_take_is_a_miss(
+    empty_files: Files, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """From the third chunk on."""
+    files, write, written = empty_files, os.write, []
+
+    def full(file: int, content: memoryview) -> int:
+        written.append(len(content))
+        if len(written) <= 2:
+            return write(file, content)
+        part = write(file, content[:1024])
+        if how == "refuses":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return part
+
+    monkeypatch.setattr(os, "write", full)
+    assert not files.run(files.tier.submit_store, KEYS).success
+    monkeypatch.undo()
+    assert written == [CHUNK] * 3
+    assert [files.path(key).exists() for key in KEYS] == [True, True, False, False]
+    assert files.unfinished() == []
+    files.memory[:] = 0
+    result = files.run(files.tier.submit_load, KEYS)
+    assert (result.success, result.successful_keys) == (False, tuple(KEYS[:2]))
+    assert files.holds(2)
+    files.put(4)
+    assert files.run(files.tier.submit_store, KEYS).success, "there is space again"
+    files.memory[:] = 0
+    assert files.run(files.tier.submit_load, KEYS).success
+    assert files.holds(4)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of sixteen pages."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only who may mount has a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_full_in_fact(small_disk: Path) -> None:
+    files = Files(small_disk)
+    try:
+        ballast = small_disk / "ballast"
+        with pytest.raises(OSError, match="No space left"), ballast.open("wb") as file:
+            file.write(bytes(1 << 16))
+        files.put(4)
+        assert not files.run(files.tier.submit_store, KEYS).success
+        assert files.unfinished() == []
+        assert not files.run(files.tier.submit_load, KEYS).success
+        ballast.unlink()
+        files.put(4)
+        assert files.run(files.tier.submit_store, KEYS).success
+        files.memory[:] = 0
+        assert files.run(files.tier.submit_load, KEYS).success
+        assert files.holds(4)
+    finally:
+        files.tier.shutdown()
+
+
+def kill_while_it_writes(files: Files) -> None:
+    """Another process with the same tier, at its first file, of which it has written half."""
+    child = os.fork()
+    if not child:
+        write = os.write
+
+        def die(file: int, content: memoryview) -> None:
+            write(file, content[: len(content) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        os.write = die
+        files.tier._store(KEYS, np.arange(4))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+
+
+def test_a_file_that_was_being_written_at_a_kill_is_a_miss(
+    empty_files: Files, tmp_path: Path
+) -> None:
+    files = empty_files
+    kill_while_it_writes(files)
+    (half,) = files.unfinished()
+    assert half.stat().st_size == CHUNK // 2
+    result = files.run(files.tier.submit_load, KEYS)
+    assert (result.success, result.successful_keys) == (False, None)
+    files.put(4)
+    assert files.run(files.tier.submit_store, KEYS).success, "nothing is in the way"
+    files.memory[:] = 0
+    assert files.run(files.tier.submit_load, KEYS).success
+    assert files.holds(4)
+    for age, left in ((ABANDONED - 600, [half]), (ABANDONED + 600, [])):
+        then = time.time() - age
+        os.utime(half, (then, then))
+        Files(tmp_path).tier.shutdown()
+        assert files.unfinished() == left
+
+
+def test_two_engines_write_the_same_file_at_once(
+    empty_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, replace = empty_files, Files(tmp_path), os.replace
+    other.put(4)
+    unfinished = []
+
+    def late(source: Path, path: str) -> None:
+        """The second engine writes all before the first has one in its place."""
+        monkeypatch.undo()
+        stored = other.run(other.tier.submit_store, KEYS)
+        unfinished.extend([stored.success, *one.unfinished()])
+        replace(source, path)
+
+    monkeypatch.setattr(os, "replace", late)
+    assert one.run(one.tier.submit_store, KEYS).success
+    assert unfinished[0] and len(unfinished) == 2
+    assert one.unfinished() == []
+    for files in (one, other):
+        files.memory[:] = 0
+        assert files.run(files.tier.submit_load, KEYS).success
+        assert files.holds(4)
     other.tier.shutdown()
 
 

@@ -28,6 +28,7 @@ def origin(
     weights: Sequence[str],
     configuration: Mapping[str, Any],
     dtype: str,
+    drafter: Mapping[str, Any] | None = None,
 ) -> str:
     """What pages follow from, but for their block size, which vLLM may settle later.
 
@@ -38,6 +39,7 @@ def origin(
         weights: what tells them from others of the same name.
         configuration: of the model; the order of its keys does not matter.
         dtype: of the model.
+        drafter: the same of a model that drafts, whose pages are kept and moved with these.
 
     Returns:
         A sha256, hexadecimal.
@@ -52,6 +54,7 @@ def origin(
             "weights": list(weights),
             "configuration": configuration,
             "dtype": dtype,
+            "drafter": drafter,
         }
     )
 

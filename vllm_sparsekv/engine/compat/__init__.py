@@ -10,6 +10,7 @@ from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from vllm.distributed.nixl_utils import is_nixl_available
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
@@ -26,6 +27,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec, CircularBufferSpec, KVCach
 
 from vllm_sparsekv.engine.compat.config import (
     changed_options,
+    describe_drafter,
+    describe_model,
     deselect_backend,
     forget_cache_dtype_of_checkpoint,
     has_drafter,
@@ -33,12 +36,10 @@ from vllm_sparsekv.engine.compat.config import (
     is_drafters,
     largest_position,
     lookahead_tokens,
-    model_configuration,
     model_identity,
     parse_engine_options,
     reads_first_group,
     settle_connector,
-    weights_identity,
 )
 from vllm_sparsekv.engine.compat.hooks import (
     engine_arguments,
@@ -101,6 +102,8 @@ __all__ = [
     "changed_options",
     "check_version",
     "current_device",
+    "describe_drafter",
+    "describe_model",
     "deselect_backend",
     "engine_arguments",
     "engine_config",
@@ -112,11 +115,11 @@ __all__ = [
     "has_weights",
     "init_logger",
     "is_drafters",
+    "is_nixl_available",
     "largest_position",
     "layer_index",
     "layer_metadata",
     "lookahead_tokens",
-    "model_configuration",
     "model_identity",
     "of_ranks",
     "offline_engine",
@@ -139,7 +142,6 @@ __all__ = [
     "watch_engine_arguments",
     "watch_layers",
     "watch_metrics",
-    "weights_identity",
     "workspace",
     "write_tokens",
     "zero_on_cpu",

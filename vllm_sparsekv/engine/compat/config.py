@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from vllm.config import VllmConfig, replace
+from vllm.config import ModelConfig, VllmConfig, replace
 from vllm.utils.torch_utils import get_kv_cache_quant_algo_string
 
 
@@ -93,21 +93,38 @@ def model_identity(vllm_config: VllmConfig) -> list[str]:
         str(model.revision),
         str(model.quantization),
         model.hf_config.to_json_string(use_diff=False),
-        *weights_identity(vllm_config),
+        *_weights_identity(model),
     ]
 
 
-def weights_identity(vllm_config: VllmConfig) -> list[str]:
-    """What tells weights from others of the same name."""
-    model = vllm_config.model_config
+def describe_model(model: ModelConfig) -> dict[str, Any]:
+    """What keys and values follow from: name, revision, weights, configuration, dtype."""
+    return {
+        "model": str(model.model),
+        "revision": model.revision,
+        "weights": [str(model.quantization), *_weights_identity(model)],
+        "configuration": _configuration(model),
+        "dtype": str(model.dtype),
+    }
+
+
+def describe_drafter(vllm_config: VllmConfig) -> dict[str, Any] | None:
+    """The same of a drafter with attention layers, and what its cache was told to hold."""
+    if not has_drafter(vllm_config):
+        return None
+    speculative = vllm_config.speculative_config
+    described = describe_model(speculative.draft_model_config)
+    return described | {"cache_dtype": str(speculative.kv_cache_dtype)}
+
+
+def _weights_identity(model: ModelConfig) -> list[str]:
     if not Path(model.model).exists():
         return [str(getattr(model.hf_config, "_commit_hash", None))]
     return [_content(file) for file in _weight_files(model.model)]
 
 
-def model_configuration(vllm_config: VllmConfig) -> dict[str, Any]:
+def _configuration(model: ModelConfig) -> dict[str, Any]:
     """What the model's configuration says of what it computes."""
-    model = vllm_config.model_config
     text = model.hf_config.to_json_string(use_diff=False)
     configuration = json.loads(text)
     for name in ("_name_or_path", "transformers_version"):

@@ -16,7 +16,7 @@ from vllm.v1.kv_offload.base import (
 from vllm.v1.kv_offload.config import OffloadingConfig
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.base import JobId, TransferJob
-from vllm.v1.kv_offload.tiering.fs.io import batch_load_block, batch_store_block
+from vllm.v1.kv_offload.tiering.fs.io import batch_load_block
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
@@ -34,7 +34,6 @@ __all__ = [
     "TransferJob",
     "TransferResult",
     "batch_load_block",
-    "batch_store_block",
     "pages_are_in_host_memory",
 ]
 

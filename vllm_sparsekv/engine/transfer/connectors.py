@@ -11,14 +11,16 @@ from typing import Any
 
 from vllm_sparsekv.engine.compat import (
     VllmConfig,
-    model_configuration,
+    describe_drafter,
+    describe_model,
+    is_nixl_available,
     settle_connector,
-    weights_identity,
 )
 from vllm_sparsekv.format.fingerprint import origin
 from vllm_sparsekv.settings import SparseKVConfig
 
-CARRIED = ("OffloadingConnector", "MultiConnector")
+NIXL = ("NixlConnector", "NixlPullConnector")
+CARRIED = ("OffloadingConnector", "MultiConnector", *NIXL)
 """``MultiConnector`` if all its own connectors are."""
 
 _ONE_GROUP = "takes one cache group; sparse pages and their window are two"
@@ -38,9 +40,7 @@ REFUSED = {
     "MoRIIOConnector": "refuses the window's cache group",
     "MooncakeConnector": _UNKEYED,
     "MooncakeStoreConnector": _UNKEYED,
-    "NixlConnector": "cannot partition the window's blocks",
-    "NixlPullConnector": "cannot partition the window's blocks",
-    "NixlPushConnector": "cannot partition the window's blocks",
+    "NixlPushConnector": "cannot partition the window's blocks; NixlPullConnector does",
     "SimpleCPUOffloadConnector": "is for CUDA alone and untried; OffloadingConnector does the same",
 }
 """vLLM's other connectors, and why."""
@@ -57,6 +57,7 @@ SPEC = {
     "spec_name": "SparseKVOffloadingSpec",
     "spec_module_path": "vllm_sparsekv.engine.transfer.spec",
 }
+NIXL_MODULE = "vllm_sparsekv.engine.transfer.nixl"
 ORIGIN = "sparsekv_origin"
 """In ``kv_connector_extra_config``: what :func:`page_origin` returns."""
 
@@ -84,38 +85,39 @@ def prepare_connector(vllm_config: VllmConfig, settings: SparseKVConfig) -> None
     transfer = vllm_config.kv_transfer_config
     if transfer is None or transfer.kv_connector is None:
         return
-    ours = SPEC | {ORIGIN: page_origin(vllm_config, settings)}
+    made_of = page_origin(vllm_config, settings)
+    changed = _ours(transfer.kv_connector, transfer.kv_connector_extra_config, made_of)
     vllm_config.kv_transfer_config = transfer = copy(transfer)
-    transfer.kv_connector_extra_config = _with(
-        ours, transfer.kv_connector, transfer.kv_connector_extra_config
-    )
+    for name, value in changed.items():
+        setattr(transfer, name, value)
 
 
 def page_origin(vllm_config: VllmConfig, settings: SparseKVConfig) -> str:
     """The ``origin`` of this engine's pages, which have these settings."""
-    model = vllm_config.model_config
     return origin(
         settings,
-        model=str(model.model),
-        revision=model.revision,
-        weights=[str(model.quantization), *weights_identity(vllm_config)],
-        configuration=model_configuration(vllm_config),
-        dtype=str(model.dtype),
+        **describe_model(vllm_config.model_config),
+        drafter=describe_drafter(vllm_config),
     )
 
 
-def _with(ours: dict[str, str], name: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """``kv_connector_extra_config`` of a connector, with ours in it or in those it has."""
-    if name != "MultiConnector":
-        return extra | ours
-    children = [
-        child | {_EXTRA: _with(ours, child["kv_connector"], child[_EXTRA])}
-        for child in extra["connectors"]
-    ]
-    return extra | {"connectors": children}
+def _ours(name: str, extra: dict[str, Any], made_of: str) -> dict[str, Any]:
+    """What changes in the configuration of a connector, or of those it has."""
+    if name == "MultiConnector":
+        children = [
+            child | _ours(child["kv_connector"], child.get(_EXTRA, {}), made_of)
+            for child in extra["connectors"]
+        ]
+        return {_EXTRA: extra | {"connectors": children}}
+    if name in NIXL:
+        return {_EXTRA: extra | {ORIGIN: made_of}, "kv_connector_module_path": NIXL_MODULE}
+    return {_EXTRA: extra | SPEC | {ORIGIN: made_of}}
 
 
 def _check(name: str | None, module_path: str | None, extra: dict[str, Any]) -> None:
+    if name in NIXL and module_path in (None, NIXL_MODULE):
+        _check_nixl(name, extra)
+        return
     if name not in CARRIED or module_path:
         reason = _UNKNOWN if module_path else REFUSED.get(str(name), _UNKNOWN)
         raise ValueError(
@@ -130,6 +132,16 @@ def _check(name: str | None, module_path: str | None, extra: dict[str, Any]) -> 
     for child in extra["connectors"]:
         _check(
             child.get("kv_connector"), child.get("kv_connector_module_path"), child.get(_EXTRA, {})
+        )
+
+
+def _check_nixl(name: str, extra: dict[str, Any]) -> None:
+    if not is_nixl_available():
+        raise ValueError(f"kv_connector={name!r}: needs the package nixl (pip install nixl)")
+    if not extra.get("enforce_handshake_compat", True):
+        raise ValueError(
+            f"{_EXTRA}.enforce_handshake_compat=False: must be True with "
+            f"attention_backend=sparsekv, engines would read pages of other settings as garbage"
         )
 
 

@@ -2,15 +2,22 @@
 
 vLLM reads a file for what its name says. A chunk ends in a seal of eight bytes, ``SKV1`` and the
 CRC-32 of the chunk and the key it is filed under, in memory as in the file.
+
+Files are written under names of their own and renamed, so that nobody reads half of one. Those
+vLLM writes under are the same after every start, so what an engine was writing when it was killed
+would be in the way of the next.
 """
 
 from __future__ import annotations
 
 import os
 import struct
+import time
+import uuid
 import zlib
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +29,12 @@ from vllm_sparsekv.engine.compat.transfer import (
     OffloadKey,
     TransferJob,
     batch_load_block,
-    batch_store_block,
 )
 
 SEAL = struct.Struct("<4sI")
 MAGIC = b"SKV1"
+ABANDONED = 3600
+"""Seconds since an unfinished file was written to, after which nobody finishes it."""
 
 logger = init_logger("vllm.sparsekv.transfer")  # below "vllm", so that vLLM's handlers print it
 
@@ -36,6 +44,9 @@ class SealedFiles(FileSystemTierManager):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options | {"tier_type": "fs"})
+        self._unfinished = Path(self.file_mapper.base_path) / "unfinished"
+        self._unfinished.mkdir(exist_ok=True)
+        self._remove_abandoned()
 
     def submit_store(self, job_metadata: TransferJob) -> None:
         job, keys = job_metadata, list(job_metadata.keys)
@@ -57,10 +68,43 @@ class SealedFiles(FileSystemTierManager):
         super().shutdown()
 
     def _store(self, keys: list[OffloadKey], chunks: np.ndarray) -> None:
+        """Write the chunks that are not there.
+
+        Raises:
+            OSError: one cannot be written, for want of space, say; it and those after it will be
+                misses.
+        """
         for key, chunk in zip(keys, chunks, strict=True):
-            content, seal = self._chunk(chunk)
-            seal[:] = _seal(key, content)
-        batch_store_block(*self._transfer(keys, chunks))
+            path = self.file_mapper.get_file_name(key)
+            if not os.path.exists(path):
+                content, seal = self._chunk(chunk)
+                seal[:] = _seal(key, content)
+                self._write(path, self._whole(chunk))
+
+    def _write(self, path: str, content: memoryview) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        unfinished = self._unfinished / uuid.uuid4().hex
+        direct = os.O_DIRECT if self._use_o_direct else 0
+        file = os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY | direct, 0o644)
+        try:
+            try:
+                written = os.write(file, content)
+            finally:
+                os.close(file)
+            if written < len(content):
+                raise OSError(f"{path}: only {written} of {len(content)} bytes could be written")
+            os.replace(unfinished, path)
+        except OSError:
+            with suppress(OSError):
+                os.remove(unfinished)
+            raise
+
+    def _remove_abandoned(self) -> None:
+        """Of engines that were killed."""
+        for file in self._unfinished.iterdir():
+            with suppress(OSError):  # another engine was quicker
+                if time.time() - file.stat().st_mtime > ABANDONED:
+                    file.unlink()
 
     def _load(self, job_id: JobId, keys: list[OffloadKey], chunks: np.ndarray) -> None:
         """Read chunks up to the first that is missing or not what was written.
@@ -70,7 +114,13 @@ class SealedFiles(FileSystemTierManager):
         """
         failure, read = None, len(keys)
         try:
-            batch_load_block(*self._transfer(keys, chunks))
+            batch_load_block(
+                [self.file_mapper.get_file_name(key) for key in keys],
+                self._primary_kv_view,
+                [int(chunk) * self._block_size for chunk in chunks],
+                self._block_size,
+                self._use_o_direct,
+            )
         except OSError as error:
             failure, read = error, getattr(error, "num_succeeded", 0)
         damaged = [i for i in range(read) if not self._is_sealed(keys[i], int(chunks[i]))]
@@ -88,20 +138,15 @@ class SealedFiles(FileSystemTierManager):
         content, seal = self._chunk(chunk)
         return seal == _seal(key, content)
 
-    def _transfer(
-        self, keys: list[OffloadKey], chunks: np.ndarray
-    ) -> tuple[list[str], memoryview, list[int], int, bool]:
-        """Arguments of vLLM's reads and writes."""
-        paths = [self.file_mapper.get_file_name(key) for key in keys]
-        offsets = [int(chunk) * self._block_size for chunk in chunks]
-        return paths, self._primary_kv_view, offsets, self._block_size, self._use_o_direct
+    def _whole(self, chunk: int) -> memoryview:
+        """A chunk in host memory, with its seal."""
+        start = int(chunk) * self._block_size
+        return self._primary_kv_view.cast("B")[start : start + self._block_size]
 
     def _chunk(self, chunk: int) -> tuple[memoryview, memoryview]:
         """A chunk in host memory, and its seal."""
-        start = int(chunk) * self._block_size
-        end = start + self._block_size
-        memory = self._primary_kv_view.cast("B")
-        return memory[start : end - SEAL.size], memory[end - SEAL.size : end]
+        whole = self._whole(chunk)
+        return whole[: -SEAL.size], whole[-SEAL.size :]
 
 
 def _seal(key: OffloadKey, content: memoryview) -> bytes:

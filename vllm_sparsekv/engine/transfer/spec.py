@@ -25,6 +25,12 @@ from vllm_sparsekv.format.fingerprint import fingerprint
 FILES = {"type": "SealedFiles", "module_path": "vllm_sparsekv.engine.transfer.files"}
 
 
+def chunk_bytes(pages: int) -> int:
+    """Bytes that a chunk takes in host memory and in a file, of so many bytes of pages."""
+    unit = TieringOffloadingSpec.BLOCK_SIZE_ALIGNMENT
+    return math.ceil((pages + SEAL.size) / unit) * unit
+
+
 class SparseKVOffloadingSpec(TieringOffloadingSpec):
     """vLLM's ``TieringOffloadingSpec`` with the fingerprint in the name of the cache's dtype.
 
@@ -55,9 +61,8 @@ class SparseKVOffloadingSpec(TieringOffloadingSpec):
     def _make_room_for_seals(self) -> None:
         if not self.cpu_page_size_per_worker:  # no cache is planned yet
             return
-        size = self.cpu_page_size_per_worker * self.config.parallel.world_size + SEAL.size
-        unit = self.BLOCK_SIZE_ALIGNMENT
-        self.kv_bytes_per_chunk = math.ceil(size / unit) * unit
+        pages = self.cpu_page_size_per_worker * self.config.parallel.world_size
+        self.kv_bytes_per_chunk = chunk_bytes(pages)
         memory = int(self.extra_config["cpu_bytes_to_use"])
         self.num_chunks = memory // self.kv_bytes_per_chunk
         if not self.num_chunks:
