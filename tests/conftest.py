@@ -29,6 +29,8 @@ LONGEST = [
     "test_interpreted_triton.py",
     "test_engine_calibrate.py",
     "test_engine_drafters.py",
+    "test_engine_ray.py",
+    "test_engine_transfer.py",
     "test_aot.py",
     "test_build_cpu.py",
 ]

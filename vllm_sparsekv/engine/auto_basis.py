@@ -147,6 +147,7 @@ def _run(task: bytes) -> None:
             env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
         ) as process,
     ):
+        assert process.stdin and process.stdout
         try:
             with contextlib.suppress(BrokenPipeError), process.stdin:
                 process.stdin.write(task)
