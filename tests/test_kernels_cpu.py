@@ -20,7 +20,7 @@ from helpers import (
     attention_error,
     build_case,
 )
-from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
+from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX, batches
 
 from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.kernels.cpu import ops
@@ -53,6 +53,17 @@ def assert_same_memory(case: Case, expected: Case) -> None:
     assert_same_bytes(case.pages, expected.pages)
     if expected.window is not None:
         assert_same_bytes(case.window, expected.window)
+
+
+def test_long_sums_are_as_exact_as_the_reference_s(isa):
+    """Of 512 products, in parts: root mean squares of the errors, against fp64."""
+    spec = CaseSpec(batches(64)["chunks"], head_size=512, num_kv_heads=1, group=4)
+    case = build_case(spec)
+    native, reference = (
+        (case.attend(operations).double() - case.expected).square().mean().sqrt()
+        for operations in (NATIVE, REFERENCE)
+    )
+    assert native <= 1.25 * reference
 
 
 @pytest.mark.parametrize("spec", RAGGED_MATRIX + WHOLE_MATRIX + SCORE_MATRIX, ids=str)

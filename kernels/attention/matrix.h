@@ -15,9 +15,6 @@ inline void product_block(
     const float* a, int a_stride, const B* b, int b_stride, float* c, int c_stride, int depth,
     bool accumulate) {
     F sums[ROWS][WIDTH] = {};
-    if (accumulate)
-        for (int row = 0; row < ROWS; ++row)
-            for (int w = 0; w < WIDTH; ++w) sums[row][w] = load(c + row * c_stride + w * LANES);
     for (int i = 0; i < depth; ++i) {
         F x[WIDTH];
         for (int w = 0; w < WIDTH; ++w) x[w] = load(b + i * b_stride + w * LANES);
@@ -27,7 +24,10 @@ inline void product_block(
         }
     }
     for (int row = 0; row < ROWS; ++row)
-        for (int w = 0; w < WIDTH; ++w) store(c + row * c_stride + w * LANES, sums[row][w]);
+        for (int w = 0; w < WIDTH; ++w) {
+            float* sum = c + row * c_stride + w * LANES;
+            store(sum, accumulate ? load(sum) + sums[row][w] : sums[row][w]);
+        }
 }
 
 template <int ROWS, class B>
@@ -42,11 +42,15 @@ void product_rows(
         product_block<ROWS, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, accumulate);
 }
 
-// c (rows x columns) [+]= a (rows x depth) b (depth x columns); columns is a multiple of LANES.
+// c (rows x columns) [+]= a (rows x depth) b (depth x columns); columns is a multiple of LANES. Long
+// sums are those of their parts, which loses less.
 template <class B>
 inline void product(
     const float* a, int a_stride, const B* b, int b_stride, float* c, int c_stride, int rows, int depth,
     int columns, bool accumulate) {
+    constexpr int PART = 128;
+    for (; depth > PART; depth -= PART, a += PART, b += int64_t(PART) * b_stride, accumulate = true)
+        product(a, a_stride, b, b_stride, c, c_stride, rows, PART, columns, accumulate);
     constexpr decltype(&product_rows<1, B>) LAST[] = {
         product_rows<1, B>, product_rows<2, B>, product_rows<3, B>, product_rows<4, B>, product_rows<5, B>};
     for (; rows >= PRODUCT_ROWS; rows -= PRODUCT_ROWS, a += PRODUCT_ROWS * a_stride, c += PRODUCT_ROWS * c_stride)
