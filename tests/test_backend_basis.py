@@ -81,7 +81,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 
 def test_a_layer_takes_its_own_basis(config: VllmConfig, bases: dict[int, LayerBasis]) -> None:
-    """History reads back as layer 7's basis leaves it; the step's own tokens are exact."""
+    """History reads back as layer 7's basis leaves it; the step's own only pass its matrices."""
     (layer,) = build_layers(config, {7: Layer()})
     current_platform.update_block_size_for_backend(config)
     impl, fmt = layer.impl, layer.impl.cache.format
@@ -102,14 +102,13 @@ def test_a_layer_takes_its_own_basis(config: VllmConfig, bases: dict[int, LayerB
         arguments = (query[step], key[step], value[step], pages, metadata, out[step])
         impl.forward(layer, *arguments)
     exact = attention(query[TOKENS - 1], key[:TOKENS], value[:TOKENS])
-    assert (out[TOKENS - 1] - exact).abs().max() < 1e-5
+    assert (out[TOKENS - 1] - exact).abs().max() < 3e-3  # its matrices are float16
     basis = Basis.calibrated(fmt, bases[7])
-    packed = pack_vectors(basis.stored_key(key[:TOKENS]), fmt.key)
-    unpacked = unpack_vectors(*packed, fmt.key)
-    stored_key = change(unpacked, basis.query.mT, plus=basis.key_mean)
-    packed = pack_vectors(basis.stored_value(value[:TOKENS]), fmt.value)
-    stored_value = basis.restored(unpack_vectors(*packed, fmt.value))
-    read = torch.cat([stored_key, key[TOKENS:]]), torch.cat([stored_value, value[TOKENS:]])
-    expected = attention(query[TOKENS], *read)
+    stored_key, stored_value = basis.stored_key(key), basis.stored_value(value)
+    for stored, vector in ((stored_key, fmt.key), (stored_value, fmt.value)):
+        packed = pack_vectors(stored[:TOKENS], vector)
+        stored[:TOKENS] = unpack_vectors(*packed, vector)
+    read_key = change(stored_key, basis.query.mT, plus=basis.key_mean)
+    expected = attention(query[TOKENS], read_key, basis.restored(stored_value))
     assert (out[TOKENS] - expected).abs().max() < 1e-5
     assert (expected - attention(query[TOKENS], key, value)).abs().max() > 1e-3

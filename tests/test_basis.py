@@ -78,9 +78,9 @@ def int4_format(dtype: torch.dtype, key_sparsity: float = 0.0) -> SparseFormat:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_calibrated_matrices_are_narrow_except_on_cpus(dtype):
+def test_calibrated_matrices_have_16_bits_except_float32_models_on_gpus(dtype):
     layer = LayerBasis(*(ill_conditioned(2, 64) for _ in range(2)), *torch.zeros(2, 2, 64))
-    for device, expected in (("cpu", torch.float32), ("meta", dtype)):
+    for device, expected in (("cpu", torch.float16), ("meta", dtype)):
         basis = Basis.calibrated(int4_format(dtype), layer, device)
         matrices = (basis.key, basis.query, basis.value, basis.output)
         assert {x.dtype for x in matrices} == {expected}
@@ -95,28 +95,28 @@ def test_bands_rotate_by_themselves():
     basis = Basis.calibrated(fmt, layer)
     x = torch.eye(64).expand(2, 64, 64) @ torch.linalg.inv(layer.key)
     stored = change(x.transpose(0, 1), basis.key).transpose(0, 1)
-    assert torch.allclose(stored[:, :32, 32:], torch.zeros(()), atol=1e-4)
-    assert torch.allclose(stored[:, 32:, :32], torch.zeros(()), atol=1e-4)
+    assert torch.allclose(stored[:, :32, 32:], torch.zeros(()), atol=1e-2)
+    assert torch.allclose(stored[:, 32:, :32], torch.zeros(()), atol=1e-2)
     for half in (stored[:, :32, :32], stored[:, 32:, 32:]):
-        assert torch.allclose(half.abs(), half.abs().mean(), rtol=1e-3)
-    eye = basis.key @ basis.query.mT
-    assert torch.allclose(eye, torch.eye(64), atol=1e-4)
+        assert torch.allclose(half.abs(), half.abs().mean(), rtol=5e-2)
+    eye = basis.key.double() @ basis.query.mT.double()
+    assert torch.allclose(eye, torch.eye(64, dtype=torch.float64), atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("key_sparsity", [0.0, 0.5], ids=["rotated", "as it is"])
 def test_narrow_calibrated_matrices_keep_scores(key_sparsity, dtype):
-    """Rounding errors within u, independent, have a deviation of u / sqrt(3): 7 of it are 4 u."""
+    """Only the inverse's rounding counts: errors within u, independent, have a deviation of
+    u / sqrt(3), 7 of it are 4 u."""
     fmt = int4_format(dtype, key_sparsity)
-    layer = ill_conditioned(1, 64)
-    forward, inverse = (x.double() for x in _calibrated(fmt.key, layer, "cpu", torch.float32))
-    narrow = [x.double() for x in _calibrated(fmt.key, layer, "cpu", dtype)]
+    forward, inverse = (
+        x[0].double() for x in _calibrated(fmt.key, ill_conditioned(1, 64), "cpu", dtype)
+    )
     generator = torch.Generator().manual_seed(1)
     key, query = torch.randn(2, 200, 64, dtype=torch.float64, generator=generator)
-    stored, changed = key @ forward[0], query @ inverse[0].mT
-    error = ((key @ narrow[0][0]) * (query @ narrow[1][0].mT) - stored * changed).sum(-1)
-    spread = key.square() @ forward[0].square() * changed.square()
-    spread += query.square() @ inverse[0].mT.square() * stored.square()
+    stored = key @ forward
+    error = (stored * (query @ inverse.mT) - key * query).sum(-1)
+    spread = query.square() @ inverse.mT.square() * stored.square()
     u = torch.finfo(dtype).eps / 2
     assert (error.abs() <= 4 * u * spread.sum(-1).sqrt()).all()
-    assert all(x.isfinite().all() and x.abs().max() < 142 for x in narrow)
+    assert all(x.isfinite().all() and x.abs().max() < 142 for x in (forward, inverse))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vllm_sparsekv.calibration.balance import layer_basis
 from vllm_sparsekv.calibration.moments import Moments, head_grams
+from vllm_sparsekv.engine import auto_basis
 from vllm_sparsekv.engine.calibrate import calibrate, main, parse
 from vllm_sparsekv.format.basis_file import BasisFile
 
@@ -181,14 +182,9 @@ def test_what_cannot_be_calibrated_is_served_uncalibrated(llama, tmp_path, monke
     with engine({}, **options | {"load_format": "dummy"}) as llm:
         settings = llm.llm_engine.vllm_config.additional_config["sparsekv"]
     assert settings == {"basis": "none"}
-    run = subprocess.run
-
-    def dies(command: Any, *arguments: Any, **options: Any) -> subprocess.CompletedProcess:
-        if "calibrate" not in str(command):
-            return run(command, *arguments, **options)
-        return subprocess.CompletedProcess(command, 1, b"", b"Traceback ...\nout of luck\n")
-
-    monkeypatch.setattr(subprocess, "run", dies)
+    monkeypatch.setattr(
+        auto_basis, "PROGRAM", "import sys; sys.exit('Traceback ...\\nout of luck')"
+    )
     with engine({"window": 8}, **options) as llm:
         settings = llm.llm_engine.vllm_config.additional_config["sparsekv"]
     assert settings == {"window": 8, "basis": "none"}
@@ -227,3 +223,20 @@ def test_command(llama, words, tmp_path, capsys):
         "tensor_parallel_size": 2,
         "quantization": "fp8",
     }
+
+
+def test_the_process_that_calibrates_says_how_far_it_is(monkeypatch, caplog):
+    """Its marked lines are logged, others are not; where it fails its last word is the reason."""
+    program = (
+        "import sys; assert sys.stdin.read() == 'task'\n"
+        f"print('noise\\n{auto_basis.PROGRESS.decode()}sample 3/4', flush=True)\n"
+        "sys.exit('Traceback ...\\nout of luck')"
+    )
+    monkeypatch.setattr(auto_basis, "PROGRAM", program)
+    monkeypatch.setattr(auto_basis, "SECONDS_BETWEEN_LINES", 0)
+    with (
+        caplog.at_level(logging.INFO, logger=auto_basis.logger.name),
+        pytest.raises(auto_basis.CannotCalibrate, match="^out of luck$"),
+    ):
+        auto_basis._run(b"task")
+    assert caplog.messages == ["sparsekv: calibrating: sample 3/4"]

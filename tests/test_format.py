@@ -149,12 +149,27 @@ RING_SHAPES = [
 @pytest.mark.parametrize(("preset", "head_size"), RING_SHAPES)
 def test_a_ring_takes_what_its_window_needs(preset, head_size):
     config = SparseKVConfig.from_dict({"preset": preset})
-    fmt = SparseFormat.from_config(config, head_size, BF16).with_full_ring(64)
-    ring = fmt.blocks_per_ring(fmt.slots_per_block(64)) * 64 * fmt.token_bytes
-    assert config.window <= fmt.window <= 1.2 * config.window
-    # The smaller the page, the more of it is the tail that no slot fits into.
-    limit = {"sparse-70": 1.07, "capacity": 1.08}.get(preset, 1.06)
-    assert ring <= limit * fmt.window * fmt.slot_bytes
+    asked = SparseFormat.from_config(config, head_size, BF16)
+    block_size = asked.default_block_size
+    fmt = asked.with_full_ring(block_size)
+    ring = fmt.blocks_per_ring(fmt.slots_per_block(block_size)) * block_size * fmt.token_bytes
+    assert config.window <= fmt.window <= 1.25 * config.window
+    assert ring <= 1.06 * fmt.window * fmt.slot_bytes
+
+
+@pytest.mark.parametrize(
+    ("settings", "head_size", "block_size"),
+    [
+        ({}, 64, 64),
+        ({}, 128, 64),
+        ({"preset": "capacity"}, 96, 96),
+        ({"preset": "sparse-70"}, 256, 96),
+        ({"preset": "capacity", "window": 0}, 96, 64),
+    ],
+)
+def test_default_block_size(settings, head_size, block_size):
+    config = SparseKVConfig.from_dict(settings)
+    assert SparseFormat.from_config(config, head_size, BF16).default_block_size == block_size
 
 
 @pytest.mark.parametrize(

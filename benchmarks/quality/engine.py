@@ -13,7 +13,7 @@ import torch
 
 from quality.attention import RuleModel
 from quality.methods import DENSE, Method, sparse
-from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.settings import SparseKVConfig
 
 CHUNK = 64
@@ -72,7 +72,7 @@ def compare_routes(
     model = RuleModel(path, dtype)
     # The engine's window fills the blocks it takes.
     fmt = SparseFormat.from_config(config, model.head_size, dtype)
-    window = fmt.with_full_ring(DEFAULT_BLOCK_SIZE).window
+    window = fmt.with_full_ring(fmt.default_block_size).window
     method = sparse(replace(config, window=window), model.head_size, dtype)
     lists = {name: tokens.tolist() for name, tokens in samples.items()}
     name = str(dtype).removeprefix("torch.")

@@ -18,7 +18,8 @@ class Worker {
 
   public:
     explicit Worker(const Plan& plan)
-        : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size), folding_(plan) {
+        : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size), folding_(plan),
+          in_basis_{call_.query, call_.key, call_.value, call_.query_stride, call_.key_stride, call_.value_stride} {
         Carver count(nullptr);
         carve(count);
         Carver carver(memory().reserve(count.used()));
@@ -80,7 +81,8 @@ class Worker {
         first_token_ = call_.query_start_loc[unit_.index];
         first_seen_ = plan_.first_seen(*unit_.request, unit_.first_query);
         step_begin_ = INT32_MAX / 2;
-        folding_.begin(unit_.queries, [&](int i) { return query_heads(call_.query, call_.query_stride, i); });
+        step_ = plan_.given && unit_.request->context == 0 ? plan_.given : &in_basis_;
+        folding_.begin(unit_.queries, [&](int i) { return query_heads(step_->query, step_->query_stride, i); });
     }
 
     // The unit's heads of its i-th query, in `query` or `out`.
@@ -162,8 +164,8 @@ class Worker {
         step_begin_ = batch_ - first;
         for (int i = first; i < last; ++i) {
             const int64_t token = first_token_ + i, head = unit_.head * size_;
-            add_dense(call_.key + (token * call_.key_stride + head) * layout_.element_bytes(),
-                      call_.value + (token * call_.value_stride + head) * layout_.element_bytes(), context + i);
+            add_dense(step_->key + (token * step_->key_stride + head) * layout_.element_bytes(),
+                      step_->value + (token * step_->value_stride + head) * layout_.element_bytes(), context + i);
         }
         fold(Source::DENSE_ROWS);
     }
@@ -193,7 +195,7 @@ class Worker {
 
     void write() {
         const float* results = folding_.result.averages(rows_, size_);
-        if (call_.out_change.matrix) {
+        if (call_.out_change.matrix && step_ == &in_basis_) {
             change_back(call_.out_change, unit_.head, results, rows_, size_, changed_);
             results = changed_;
         }
@@ -208,8 +210,10 @@ class Worker {
     const Layout& layout_;
     const int size_;
     Folding folding_;
+    const Given in_basis_;
 
     Unit unit_;
+    const Given* step_ = nullptr;  // what the unit attends of the step
     int64_t first_token_ = 0;  // of the unit's request in this step
     int first_seen_ = 0;       // position, of any query of the unit
     int rows_ = 0;

@@ -6,10 +6,13 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
+constexpr int PRODUCT_WIDTH = LANES == 16 ? 4 : 2;  // the sums fit registers
+constexpr int PRODUCT_ROWS = 6;
+
 // c (ROWS x WIDTH * LANES) [+]= a (ROWS x depth) b (depth x WIDTH * LANES), row strides given.
-template <int ROWS, int WIDTH>
+template <int ROWS, int WIDTH, class B>
 inline void product_block(
-    const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride, int depth,
+    const float* a, int a_stride, const B* b, int b_stride, float* c, int c_stride, int depth,
     bool accumulate) {
     F sums[ROWS][WIDTH] = {};
     if (accumulate)
@@ -27,11 +30,11 @@ inline void product_block(
         for (int w = 0; w < WIDTH; ++w) store(c + row * c_stride + w * LANES, sums[row][w]);
 }
 
-template <int ROWS>
+template <int ROWS, class B>
 void product_rows(
-    const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride, int depth,
+    const float* a, int a_stride, const B* b, int b_stride, float* c, int c_stride, int depth,
     int columns, bool accumulate) {
-    constexpr int WIDTH = LANES == 16 ? 4 : 2;  // the sums fit registers
+    constexpr int WIDTH = PRODUCT_WIDTH;
     int j = 0;
     for (; j + WIDTH * LANES <= columns; j += WIDTH * LANES)
         product_block<ROWS, WIDTH>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, accumulate);
@@ -40,13 +43,14 @@ void product_rows(
 }
 
 // c (rows x columns) [+]= a (rows x depth) b (depth x columns); columns is a multiple of LANES.
+template <class B>
 inline void product(
-    const float* a, int a_stride, const float* b, int b_stride, float* c, int c_stride, int rows, int depth,
+    const float* a, int a_stride, const B* b, int b_stride, float* c, int c_stride, int rows, int depth,
     int columns, bool accumulate) {
-    constexpr decltype(&product_rows<1>) LAST[] = {
-        product_rows<1>, product_rows<2>, product_rows<3>, product_rows<4>, product_rows<5>};
-    for (; rows >= 6; rows -= 6, a += 6 * a_stride, c += 6 * c_stride)
-        product_rows<6>(a, a_stride, b, b_stride, c, c_stride, depth, columns, accumulate);
+    constexpr decltype(&product_rows<1, B>) LAST[] = {
+        product_rows<1, B>, product_rows<2, B>, product_rows<3, B>, product_rows<4, B>, product_rows<5, B>};
+    for (; rows >= PRODUCT_ROWS; rows -= PRODUCT_ROWS, a += PRODUCT_ROWS * a_stride, c += PRODUCT_ROWS * c_stride)
+        product_rows<PRODUCT_ROWS>(a, a_stride, b, b_stride, c, c_stride, depth, columns, accumulate);
     if (rows) LAST[rows - 1](a, a_stride, b, b_stride, c, c_stride, depth, columns, accumulate);
 }
 

@@ -16,7 +16,8 @@ constexpr int UNITS_PER_THREAD = 4;
 // What rows are multiplied with, (head_size x head_size) per KV head, and the mean that is taken off
 // before or added after. Without a matrix nothing changes. Mirrors calls.Change.
 struct Change {
-    const float *matrix, *mean;
+    const Float16* matrix;
+    const float* mean;
     int64_t matrix_stride;  // 0: all heads share it
 };
 
@@ -39,6 +40,12 @@ struct AttentionCall {
     Layout layout;
 };
 
+// A step's vectors as the model gave them. Strides count elements from token to token.
+struct Given {
+    const uint8_t *query, *key, *value;
+    int64_t query_stride, key_stride, value_stride;
+};
+
 // The units of one request: per KV head, per tile of queries, per part of the history the tile sees.
 struct Request {
     int32_t context, query_len, tiles, parts;
@@ -56,6 +63,7 @@ struct Unit {
 // Lives until the next plan of its thread.
 struct Plan {
     const AttentionCall& call;
+    const Given* given;  // what requests without a history attend, who need no basis; nullptr: nobody
     Request* requests;
     float* partial_results;  // an Accumulator each
     int group;         // query heads per KV head
@@ -64,7 +72,7 @@ struct Plan {
     int rows = 0;      // rows of one unit at most
     int64_t units = 0, partials = 0;
 
-    explicit Plan(const AttentionCall& call) : call(call) {
+    explicit Plan(const AttentionCall& call, const Given* given = nullptr) : call(call), given(given) {
         thread_local Scratch request_memory, partial_memory;
         requests = static_cast<Request*>(request_memory.reserve(call.num_reqs * sizeof(Request)));
         group = call.num_heads / call.num_kv_heads;

@@ -42,6 +42,22 @@ inline float float16_to_float(uint16_t x) {
 #endif
 }
 
+struct Float16 {
+    uint16_t bits;
+};
+
+inline F load(const Float16* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+    F out;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = float16_to_float(p[lane].bits);
+    return out;
+#endif
+}
+
 inline float fp8_to_float(uint8_t x) {
     uint32_t bits = (uint32_t(x & 0x7f) << 20) + (120u << 23);
     if ((x & 0x7f) == 0x7f) bits = 0x7fc00000;

@@ -21,6 +21,9 @@ from vllm_sparsekv.kernels.cpu.calls import (
 from vllm_sparsekv.kernels.cpu.ops import kernel
 from vllm_sparsekv.kernels.step.reference import Batch, Layer
 
+PANEL = 32
+"""Columns of a matrix that lie together, which ``step/change.h`` streams from memory."""
+
 
 class _State(NamedTuple):
     """What a layer keeps while its memory stays where it is.
@@ -95,17 +98,19 @@ def _state(
     fmt, basis = layer.format, layer.basis
     tensors: list[Tensor] = []
 
-    def pointer(x: Tensor | None) -> int | None:
+    def pointer(x: Tensor | None, dtype: torch.dtype) -> int | None:
         if x is None:
             return None
-        tensors.append(x.float().contiguous())
+        tensors.append(x.to(dtype).contiguous())
         return tensors[-1].data_ptr()
 
     def change(matrix: Tensor | None, mean: Tensor | None = None) -> Change:
         if matrix is None:
             return Change()
         shared = matrix.dim() == 2
-        return Change(pointer(matrix), pointer(mean), 0 if shared else fmt.head_size**2)
+        stride = 0 if shared else fmt.head_size**2
+        panels = torch.cat([part.flatten(-2) for part in matrix.split(PANEL, -1)], -1)
+        return Change(pointer(panels, torch.float16), pointer(mean, torch.float32), stride)
 
     call = StepCall()
     call.key_change = change(basis.key, basis.key_mean)

@@ -1,4 +1,5 @@
-// The change of basis of the rows of one KV head (vllm_sparsekv/format/basis.py), in float32.
+// The change of basis of the rows of one KV head (vllm_sparsekv/format/basis.py), in float32. Its matrices
+// have 16 bits: a decode step reads every layer's once, from memory.
 #pragma once
 
 #include "../attention/matrix.h"
@@ -6,8 +7,22 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
+constexpr int PANEL = 32;  // columns that lie together, row after row, as step.py orders them
+
 inline void multiply(const Change& change, int head, const float* rows, int count, int size, float* out) {
-    product(rows, size, change.matrix + head * change.matrix_stride, size, out, size, count, size, size, false);
+    const Float16* panel = change.matrix + head * change.matrix_stride;
+    thread_local Scratch memory;
+    float* wide = static_cast<float*>(memory.reserve(size_t(size) * PANEL * sizeof(float)));
+    for (int j = 0; j < size; j += PANEL) {
+        const int columns = size - j < PANEL ? size - j : PANEL;
+        if (count <= PRODUCT_ROWS) {
+            product(rows, size, panel, columns, out + j, size, count, size, columns, false);
+        } else {
+            for (int i = 0; i < size * columns; i += LANES) store(wide + i, load(panel + i));
+            product(rows, size, wide, columns, out + j, size, count, size, columns, false);
+        }
+        panel += size * columns;
+    }
 }
 
 // out = (rows - mean) matrix; the rows are overwritten.

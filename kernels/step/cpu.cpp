@@ -7,7 +7,7 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
-constexpr int CHANGE_ROWS = 16;  // rows that share the loads of a matrix
+constexpr int CHANGE_ROWS = 4 * PRODUCT_ROWS;  // rows that share the loads of a matrix
 
 // Mirrors calls.StepCall.
 struct StepCall {
@@ -22,19 +22,26 @@ struct StepCall {
 class Step {
   public:
     explicit Step(const StepCall& step)
-        : step_(step), call_(step.attention), layout_(call_.layout), size_(layout_.head_size) {
+        : step_(step), call_(step.attention), layout_(call_.layout), size_(layout_.head_size),
+          given_{call_.query, call_.key, call_.value, call_.query_stride, call_.key_stride, call_.value_stride} {
         thread_local Scratch memory;
         const bool writes = call_.key;
+        gives_ = writes && !step.kept_key;
         const int group = call_.num_heads / call_.num_kv_heads;
         tokens_ = call_.query_start_loc[call_.num_reqs];
-        Carver carver(memory.reserve(tokens_ * (call_.num_heads + 2 * call_.num_kv_heads) * layout_.row_bytes() + 192));
+        const int heads = call_.num_heads + 2 * call_.num_kv_heads;
+        Carver carver(memory.reserve(tokens_ * (heads * layout_.row_bytes() + sizeof(int32_t)) + 4 * 64));
         key_ = place(carver, call_.key, call_.key_stride, step.key_change, step.kept_key, 1);
         value_ = place(carver, call_.value, call_.value_stride, step.value_change, step.kept_value, 1);
         query_ = place(carver, call_.query, call_.query_stride, step.query_change, nullptr, group);
         query_tokens_ = group < CHANGE_ROWS ? CHANGE_ROWS / group : 1;
-        query_blocks_ = step.query_change.matrix ? blocks(query_tokens_) : 0;
-        key_blocks_ = writes ? blocks(CHANGE_ROWS) : 0;
+        if (query_.stored) list_asking(carver.take<int32_t>(tokens_));
+        query_blocks_ = blocks(asking_, query_tokens_);
+        key_blocks_ = writes ? blocks(tokens_, CHANGE_ROWS) : 0;
     }
+
+    // See Plan.
+    const Given* given() const { return gives_ ? &given_ : nullptr; }
 
     const AttentionCall& attention() const { return call_; }
 
@@ -44,14 +51,19 @@ class Step {
     void prepare(int64_t piece) {
         const int head = static_cast<int>(piece % call_.num_kv_heads);
         const int64_t block = piece / call_.num_kv_heads;
-        if (block < query_blocks_)
-            return change(query_, head, block * query_tokens_, query_tokens_);
+        if (block < query_blocks_) {
+            const int64_t first = block * query_tokens_;
+            const int count = static_cast<int>(last(first, query_tokens_, asking_) - first);
+            return change(query_, head, count, [&](int i) { return int64_t(asking_tokens_[first + i]); });
+        }
         const int64_t first = (block - query_blocks_) / 2 * CHANGE_ROWS;
+        const int count = static_cast<int>(last(first, CHANGE_ROWS, tokens_) - first);
+        const auto token = [&](int i) { return first + i; };
         if ((block - query_blocks_) % 2 == 0) {
-            change(key_, head, first, CHANGE_ROWS);
+            change(key_, head, count, token);
             pack(call_.key, call_.key_stride, layout_.key, &Tile<uint8_t>::key, head, first);
         } else {
-            change(value_, head, first, CHANGE_ROWS);
+            change(value_, head, count, token);
             pack(call_.value, call_.value_stride, layout_.value, &Tile<uint8_t>::value, head, first);
         }
     }
@@ -85,36 +97,44 @@ class Step {
         return result;
     }
 
-    int64_t blocks(int tokens) const { return (tokens_ + tokens - 1) / tokens; }
+    static int64_t blocks(int64_t tokens, int each) { return (tokens + each - 1) / each; }
 
-    int64_t last(int64_t first, int count) const { return first + count < tokens_ ? first + count : tokens_; }
+    static int64_t last(int64_t first, int count, int64_t end) { return first + count < end ? first + count : end; }
 
-    // `count` tokens of one KV head.
-    void change(const Rows& rows, int head, int64_t first, int count) const {
+    // The tokens whose queries attend in the basis.
+    void list_asking(int32_t* tokens) {
+        asking_tokens_ = tokens;
+        for (int i = 0; i < call_.num_reqs; ++i) {
+            const int32_t begin = call_.query_start_loc[i], end = call_.query_start_loc[i + 1];
+            if (gives_ && call_.seq_lens[i] == end - begin) continue;
+            for (int32_t token = begin; token < end; ++token) tokens[asking_++] = token;
+        }
+    }
+
+    // `count` tokens of one KV head, the i-th of which is token(i).
+    template <class Token>
+    void change(const Rows& rows, int head, int count, Token token) const {
         thread_local Scratch memory;
         if (!rows.stored) return;
         const int width = rows.group * size_, bytes = rows.group * layout_.row_bytes();
         Carver carver(memory.reserve(2 * (size_t(count) * width * sizeof(float) + 64)));
         float *before = carver.take<float>(count * width), *after = carver.take<float>(count * width);
-        const int64_t end = last(first, count);
         const auto given = [&](int64_t token) {
             return rows.given + (token * rows.stride + head * width) * layout_.element_bytes();
         };
         const auto stored = [&](int64_t token) { return rows.stored + (token * call_.num_kv_heads + head) * bytes; };
         if (!rows.change->matrix) {
-            for (int64_t token = first; token < end; ++token) memcpy(stored(token), given(token), bytes);
+            for (int i = 0; i < count; ++i) memcpy(stored(token(i)), given(token(i)), bytes);
             return;
         }
-        for (int64_t token = first; token < end; ++token)
-            decode_row(layout_.storage, given(token), width, before + (token - first) * width);
-        change_rows(*rows.change, head, before, static_cast<int>(end - first) * rows.group, size_, after);
-        for (int64_t token = first; token < end; ++token)
-            encode_row(layout_.storage, after + (token - first) * width, width, stored(token));
+        for (int i = 0; i < count; ++i) decode_row(layout_.storage, given(token(i)), width, before + i * width);
+        change_rows(*rows.change, head, before, count * rows.group, size_, after);
+        for (int i = 0; i < count; ++i) encode_row(layout_.storage, after + i * width, width, stored(token(i)));
     }
 
     void pack(const uint8_t* rows, int64_t stride, const VectorLayout& vector,
               Section<uint8_t> Tile<uint8_t>::*section, int head, int64_t first) const {
-        for (int64_t token = first; token < last(first, CHANGE_ROWS) && token < step_.num_slots; ++token) {
+        for (int64_t token = first; token < last(first, CHANGE_ROWS, tokens_) && token < step_.num_slots; ++token) {
             const int64_t slot = step_.slot_mapping[token];
             if (slot < 0) continue;
             uint8_t* pages = const_cast<uint8_t*>(call_.pages);
@@ -129,14 +149,17 @@ class Step {
     AttentionCall call_;
     const Layout& layout_;
     const int size_;
+    const Given given_;
+    bool gives_;
     int query_tokens_;
-    int64_t tokens_, key_blocks_, query_blocks_;
+    int64_t tokens_, key_blocks_, query_blocks_, asking_ = 0;
+    int32_t* asking_tokens_ = nullptr;
     Rows key_, value_, query_;
 };
 
 SPARSEKV_EXPORT(step)(const StepCall* call) {
     Step step(*call);
-    const Plan plan(step.attention());
+    const Plan plan(step.attention(), step.given());
     const WindowCall window = step.window();
 #pragma omp parallel num_threads(window.num_threads)
     {

@@ -19,7 +19,7 @@ from vllm_sparsekv.engine.compat import (
 from vllm_sparsekv.engine.plugin import BACKEND_NAME
 from vllm_sparsekv.engine.transfer.connectors import check_connector, prepare_connector
 from vllm_sparsekv.format.basis_file import BasisFile
-from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.api import check_environment, implementation
 from vllm_sparsekv.settings import SETTING_NAMES, SparseKVConfig
 
@@ -88,7 +88,6 @@ def admit(vllm_config: VllmConfig) -> None:
     """
     settings = settings_of(vllm_config)
     model = vllm_config.model_config
-    cache = vllm_config.cache_config
     if model is None:
         return
     check_connector(vllm_config)
@@ -103,12 +102,6 @@ def admit(vllm_config: VllmConfig) -> None:
             "pages and window are two cache groups"
         )
     _check_drafter(vllm_config)
-    if not cache.user_specified_block_size:
-        cache.block_size = DEFAULT_BLOCK_SIZE
-    elif cache.block_size > max(model.max_model_len, DEFAULT_BLOCK_SIZE):
-        raise ValueError(
-            f"block_size={cache.block_size}: must be <= {model.max_model_len}, max_model_len"
-        )
     if settings.window > model.max_model_len:
         logger.info(
             "sparsekv: window %s is longer than any request, %s (max_model_len) does as well",
@@ -118,11 +111,11 @@ def admit(vllm_config: VllmConfig) -> None:
         _settle(vllm_config, window=model.max_model_len)
     if check_environment() == "native":
         implementation(vllm_config.device_config.device_type)
-    layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
+    _settle_block_size(vllm_config)
     _check_skip_layers(settings.skip_layers, vllm_config)
     if settings.basis == "auto" and settings.takes_basis:
         _find_basis(vllm_config)
-        layer_format(vllm_config, model.get_head_size()).slots_per_block(cache.block_size)
+        _settle_block_size(vllm_config)
     elif settings.basis_path is not None:
         found = _check_basis(settings.basis_path, settings.basis_sha256, model)
         _settle(vllm_config, basis_sha256=found.sha256)
@@ -271,6 +264,19 @@ def _settle(vllm_config: VllmConfig, **decided: Any) -> None:
     given = _additional(vllm_config)
     settings = dict(given.get(SETTINGS_KEY) or {}) | decided
     vllm_config.additional_config = given | {SETTINGS_KEY: settings}
+
+
+def _settle_block_size(vllm_config: VllmConfig) -> None:
+    """Choose the block size of this format's pages, or check the user's."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    fmt = layer_format(vllm_config, model.get_head_size())
+    if not cache.user_specified_block_size:
+        cache.block_size = fmt.default_block_size
+    elif cache.block_size > max(model.max_model_len, fmt.default_block_size):
+        raise ValueError(
+            f"block_size={cache.block_size}: must be <= {model.max_model_len}, max_model_len"
+        )
+    fmt.slots_per_block(cache.block_size)
 
 
 def _check_basis(path: str, sha256: str | None, model: Any) -> BasisFile:

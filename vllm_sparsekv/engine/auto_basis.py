@@ -8,11 +8,13 @@ load.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import pickle
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from vllm_sparsekv.calibration.balance import METHOD
+from vllm_sparsekv.engine.calibrate import PROGRESS
 from vllm_sparsekv.engine.compat import (
     VllmConfig,
     engine_arguments,
@@ -51,6 +54,11 @@ SERVING_ONLY = (
     "speculative_config",
 )
 """How options of vLLM's engine begin that do not change what the model computes."""
+
+PROGRAM = "from vllm_sparsekv.engine.calibrate import serve_standard_input as f; f()"
+
+SECONDS_BETWEEN_LINES = 10
+"""Of those that say how far a calibration is."""
 
 logger = init_logger("vllm.sparsekv.calibration")  # below "vllm", whose handlers print it
 
@@ -119,17 +127,41 @@ def _calibrate(vllm_config: VllmConfig, context: int, tokens: int, path: Path) -
         )
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise CannotCalibrate(f"an engine option cannot be handed on ({error})") from error
-    code = "from vllm_sparsekv.engine.calibrate import serve_standard_input as f; f()"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        input=task,
-        capture_output=True,
-        env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
-    )
-    if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
-        raise CannotCalibrate(lines[-1])
+    _run(task)
     logger.info("sparsekv: calibrated in %.0f s", time.monotonic() - start)
+
+
+def _run(task: bytes) -> None:
+    """Calibrate in a process of its own, and say now and then how far it is.
+
+    Raises:
+        CannotCalibrate: with the last line that the process had to say.
+    """
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            env=os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        ) as process,
+    ):
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                process.stdin.write(task)
+            said = time.monotonic()
+            for line in process.stdout:
+                if line.startswith(PROGRESS) and time.monotonic() > said + SECONDS_BETWEEN_LINES:
+                    said = time.monotonic()
+                    logger.info("sparsekv: calibrating: %s", line[len(PROGRESS) :].decode().strip())
+        except BaseException:
+            process.kill()
+            raise
+        if process.wait():
+            errors.seek(0)
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+            raise CannotCalibrate(lines[-1] if lines else "no reason given")
 
 
 def positions(vllm_config: VllmConfig) -> int:

@@ -26,7 +26,6 @@ from vllm_sparsekv.engine.window import WindowLayer
 from vllm_sparsekv.format.basis import Basis
 from vllm_sparsekv.format.layout import (
     BLOCK_SIZE_MULTIPLE,
-    DEFAULT_BLOCK_SIZE,
     MODEL_DTYPES,
     SparseFormat,
 )
@@ -64,7 +63,7 @@ class SparseKVBackend(AttentionBackend):
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        return DEFAULT_BLOCK_SIZE
+        return cls.format.default_block_size
 
     @classmethod
     def supports_sliding_window(cls) -> bool:

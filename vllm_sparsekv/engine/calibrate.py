@@ -37,6 +37,8 @@ from vllm_sparsekv.format.basis_file import BasisFile, write_basis
 TOKENS = 8192
 LENGTH = 512
 OBSERVER = "vllm_sparsekv.engine.observer.Observer"
+PROGRESS = b"sparsekv progress: "
+"""How lines of progress begin that :func:`serve_standard_input` prints."""
 
 Progress = Callable[[str], None]
 
@@ -189,8 +191,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def serve_standard_input() -> None:
-    """Calibrate with the arguments pickled on standard input, without a word."""
-    calibrate(**pickle.load(sys.stdin.buffer))
+    """Calibrate with the arguments pickled on standard input; lines of progress are marked."""
+
+    def progress(line: str) -> None:
+        print(f"{PROGRESS.decode()}{line}", flush=True)
+
+    calibrate(**pickle.load(sys.stdin.buffer), progress=progress)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from vllm_sparsekv.engine.window import WindowLayer
 from vllm_sparsekv.format.basis import Basis, kv_heads_of_rank
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.fingerprint import PAGE_VERSION
-from vllm_sparsekv.format.layout import DEFAULT_BLOCK_SIZE, SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.api import implementation
 
 
@@ -70,9 +70,9 @@ def prepare(vllm_config: VllmConfig, choose_block_size: Callable[[], None]) -> N
     choose_block_size()
     if not layers:
         return
-    cache = vllm_config.cache_config
-    if not cache.user_specified_block_size and not vllm_config.model_config.is_hybrid:
-        cache.block_size = DEFAULT_BLOCK_SIZE
+    cache, model = vllm_config.cache_config, vllm_config.model_config
+    if not cache.user_specified_block_size and not model.is_hybrid:
+        cache.block_size = layer_format(vllm_config, model.get_head_size()).default_block_size
     of_target = {name: layer for name, layer in layers.items() if not layer.is_draft_layer}
     skipped = skipped_layers(settings_of(vllm_config).skip_layers, vllm_config, of_target)
     sparse = {name: layer for name, layer in layers.items() if name not in skipped}

@@ -72,12 +72,11 @@ class Basis:
     @cache
     def of(cls, fmt: SparseFormat, device: torch.device | str = "cpu") -> Basis:
         """The basis of all layers with this format that are not calibrated, on ``device``."""
-        # CPUs without bfloat16 arithmetic multiply it an order of magnitude slower than float32.
         matrices = rotation(fmt.head_size)
-        narrow = torch.device(device).type != "cpu" and all(
-            torch.equal(matrix.to(fmt.dtype).float(), matrix) for matrix in matrices
-        )
-        dtype = fmt.dtype if narrow else torch.float32
+        dtype = torch.float16
+        if torch.device(device).type != "cpu":
+            exact = all(torch.equal(matrix.to(fmt.dtype).float(), matrix) for matrix in matrices)
+            dtype = fmt.dtype if exact else torch.float32
         forward, inverse = (matrix.to(device, dtype) for matrix in matrices)
         key, query = (forward, inverse.mT.contiguous()) if fmt.key.rotated else (None, None)
         value, output = (forward, inverse) if fmt.value.rotated else (None, None)
@@ -89,22 +88,26 @@ class Basis:
     ) -> Basis:
         """The same in a basis of the layer's own, for integer keys and values.
 
-        In float32 on CPUs, elsewhere rounded to the model dtype, whose multiplications are fast
-        there: that changes a score by at most 2 u + u ** 2 times ``|k| |F| |F^-1| |q|``, all
-        elements taken absolute, u the unit roundoff. Singular values within 1 / 100 .. 100 keep
-        float16 far from overflow. Means are rounded to the model dtype, so that taking a large one
-        off a vector near it is exact.
+        Rounded to float16 on CPUs, where they are read from memory at every step, elsewhere to the
+        model dtype, whose multiplications are fast there. The inverse is that of the rounded
+        matrix, so that only its own rounding changes a score: by at most u times
+        ``|k| |F| |F^-1| |q|``, all elements taken absolute, u the unit roundoff. Singular values
+        within 1 / 100 .. 100 keep float16 far from overflow. Means are rounded to the model dtype,
+        so that taking a large one off a vector near it is exact.
 
         Args:
             fmt: format of the layer.
             layer: its basis, on the CPU.
             device: where the result lies.
         """
-        dtype = torch.float32 if torch.device(device).type == "cpu" else fmt.dtype
+        on_cpu = torch.device(device).type == "cpu"
+        dtype, mean_dtype = (torch.float16, torch.float32) if on_cpu else (fmt.dtype, fmt.dtype)
         key, to_query = _calibrated(fmt.key, layer.key, device, dtype)
         value, output = _calibrated(fmt.value, layer.value, device, dtype)
         means = (
-            mean.to(fmt.dtype).to(device, dtype) if vector.codec.integer and mean.any() else None
+            mean.to(fmt.dtype).to(device, mean_dtype)
+            if vector.codec.integer and mean.any()
+            else None
             for vector, mean in ((fmt.key, layer.key_mean), (fmt.value, layer.value_mean))
         )
         return cls(
@@ -139,7 +142,9 @@ def _calibrated(
         bands = vector.codec.bands
         band = rotation(vector.head_size // bands)[0].double()
         forward = forward @ torch.block_diag(*[band] * bands)
-    return tuple(x.to(device, dtype) for x in (forward, torch.linalg.inv(forward)))
+    forward = forward.to(dtype)
+    inverse = torch.linalg.inv(forward.double()).to(dtype)
+    return forward.to(device), inverse.to(device)
 
 
 def change(
@@ -158,6 +163,8 @@ def change(
     if matrix is None:
         return x
     wider = torch.promote_types(x.dtype, matrix.dtype)
+    if x.device.type == "cpu":
+        wider = torch.promote_types(wider, torch.float32)
     y, matrix = x.to(wider), matrix.to(wider)
     if matrix.ndim == 2:
         return (y @ matrix).to(x.dtype).contiguous()

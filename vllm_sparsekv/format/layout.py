@@ -36,8 +36,10 @@ from vllm_sparsekv.settings import SparseKVConfig
 
 TAG_BYTES = 8
 BLOCK_SIZE_MULTIPLE = 16
-DEFAULT_BLOCK_SIZE = 64
+DEFAULT_BLOCK_SIZES = (64, 96, 128)
 """Tokens; small enough for prefix caching to share most of a prompt."""
+MAX_RING_TAIL = 0.06
+"""Of a default block's bytes, over those of the window slots that fit into it."""
 MODEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -197,6 +199,18 @@ class SparseFormat:
         if self.window == 0:
             return 0
         return self.window + (self.lookahead + 1 if self.lookahead else 0)
+
+    @property
+    def default_block_size(self) -> int:
+        """N where the user names none: the smallest whose page has little room left by slots."""
+
+        def tail(block_size: int) -> float:
+            page = block_size * self.token_bytes
+            slots = page // self.slot_bytes
+            return page / (slots * self.slot_bytes) - 1 if slots else math.inf
+
+        fitting = [size for size in DEFAULT_BLOCK_SIZES if tail(size) <= MAX_RING_TAIL]
+        return fitting[0] if fitting and self.window else DEFAULT_BLOCK_SIZES[0]
 
     def slots_per_block(self, block_size: int) -> int:
         """r: window slots in one block, as many as its page has room for.
