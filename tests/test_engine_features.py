@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from typing import Any
 
 import models
 import pytest
+import torch
 from engines import MODEL, assert_close, engine, first_logprobs, generate, texts
+from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
@@ -20,6 +24,10 @@ LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 VOCABULARY = 49152
 """Of the tokenizer, which structured output needs."""
 LOGPROB_ERROR = 2e-3
+BLOCKS = 32
+"""Of the pool of who serves one request at a time."""
+RANK = 8
+"""Of the adapter."""
 
 
 def start(model: Path, settings: dict[str, Any] | None, **options: Any) -> Any:
@@ -30,6 +38,8 @@ def start(model: Path, settings: dict[str, Any] | None, **options: Any) -> Any:
         dtype="float32",
         max_model_len=512,
         kv_cache_memory_bytes=1 << 27,
+        enable_lora=True,
+        max_lora_rank=RANK,
         **options,
     )
 
@@ -40,6 +50,35 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRARequest:
+    """It changes queries, keys and values of every layer."""
+    folder = tmp_path_factory.mktemp("adapter")
+    shape = json.loads((model / "config.json").read_text())
+    modules = {
+        "q_proj": shape["num_attention_heads"],
+        "k_proj": shape["num_key_value_heads"],
+        "v_proj": shape["num_key_value_heads"],
+    }
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for index in range(shape["num_hidden_layers"]):
+        for name, heads in modules.items():
+            prefix = f"base_model.model.model.layers.{index}.self_attn.{name}"
+            tensors[f"{prefix}.lora_A.weight"] = 0.2 * torch.randn(
+                RANK, shape["hidden_size"], generator=generator
+            )
+            tensors[f"{prefix}.lora_B.weight"] = 0.2 * torch.randn(
+                heads * shape["head_dim"], RANK, generator=generator
+            )
+    save_file(tensors, folder / "adapter_model.safetensors")
+    described = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK, "bias": "none"}
+    (folder / "adapter_config.json").write_text(
+        json.dumps(described | {"target_modules": list(modules)})
+    )
+    return LoRARequest("adapter", 1, str(folder))
+
+
+@pytest.fixture(scope="module")
 def sparse(model: Path) -> Iterator[LLM]:
     with start(model, LOSSLESS, max_num_seqs=128) as llm:
         yield llm
@@ -47,8 +86,18 @@ def sparse(model: Path) -> Iterator[LLM]:
 
 @pytest.fixture(scope="module")
 def one_at_a_time(model: Path) -> Iterator[LLM]:
-    """It reads prompts in chunks, which vLLM's CPU build cannot with seeds of requests."""
-    with start(model, LOSSLESS, max_num_seqs=1, max_num_batched_tokens=128) as llm:
+    """It reads prompts in chunks, which vLLM's CPU build cannot with seeds of requests.
+
+    Its pool is small, and requests have priorities.
+    """
+    with start(
+        model,
+        LOSSLESS,
+        max_num_seqs=1,
+        max_num_batched_tokens=128,
+        num_gpu_blocks_override=BLOCKS,
+        scheduling_policy="priority",
+    ) as llm:
         yield llm
 
 
@@ -142,5 +191,51 @@ def test_one_request_at_a_time_and_many(sparse: LLM, one_at_a_time: LLM, dense: 
     crowd = prompts(130, 30)
     expected = texts(generate(dense, crowd, 6))
     for llm, count, seqs in ((sparse, 130, 128), (one_at_a_time, 20, 1)):
-        assert llm.llm_engine.vllm_config.scheduler_config.max_num_seqs == seqs
+        scheduler = llm.llm_engine.vllm_config.scheduler_config
+        assert (scheduler.max_num_seqs, scheduler.async_scheduling) == (seqs, False)
         assert texts(generate(llm, crowd[:count], 6)) == expected[:count]
+
+
+def test_an_adapter(sparse: LLM, dense: LLM, adapter: LoRARequest) -> None:
+    """Prefixes without the adapter are none with it.
+
+    Not in one batch with others, where vLLM's CPU build gives them the adapter as well.
+    """
+    params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+    given = [{"prompt_token_ids": tokens} for tokens in prompts(2, 150)]
+    (plain, adapted, again), expected = (
+        [
+            texts(llm.generate(given, params, use_tqdm=False, lora_request=lora))
+            for lora in (None, adapter, None)
+        ]
+        for llm in (sparse, dense)
+    )
+    assert [plain, adapted, again] == expected
+    assert plain == again
+    assert all(one != other for one, other in zip(plain, adapted, strict=True))
+
+
+def test_priorities(one_at_a_time: LLM, dense: LLM) -> None:
+    """The urgent request goes first though it came last."""
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    crowd = prompts(3, 90)
+    given = [{"prompt_token_ids": tokens} for tokens in crowd]
+    outputs = one_at_a_time.generate(given, params, use_tqdm=False, priority=[2, 1, 0])
+    assert texts(outputs) == texts(generate(dense, crowd, 6))
+    starts = [output.metrics.scheduled_ts for output in outputs]
+    assert sorted(starts, reverse=True) == starts and len(set(starts)) == 3
+
+
+def test_a_pool_full_of_prefixes(one_at_a_time: LLM, dense: LLM) -> None:
+    """Every block that no request holds is kept for its prefix, until another request takes it."""
+    crowd = prompts(16, 260)
+    expected = texts(generate(dense, crowd, 6))
+    answers = [generate(one_at_a_time, [tokens], 6)[0] for tokens in crowd]
+    assert texts(answers) == expected
+    core = one_at_a_time.llm_engine.engine_core.engine_core
+    pool = core.scheduler.kv_cache_manager.block_pool
+    # All but the null block and those of the last request that no other can share.
+    assert sum(block.block_hash is not None for block in pool.blocks) == BLOCKS - 3
+    newest, oldest = (generate(one_at_a_time, [tokens], 6)[0] for tokens in (crowd[-1], crowd[0]))
+    assert (newest.num_cached_tokens, oldest.num_cached_tokens) == (256, 0)
+    assert texts([newest, oldest]) == [expected[-1], expected[0]]

@@ -46,6 +46,9 @@ capacity   5.11x: 1.0099 +- 0.0019, 0.0107         5.62x: 1.0135 +- 0.0029, 0.01
 In a basis pruned vectors of the same bytes lose more than whole ones in fewer bits.
 """
 
+CACHE_DTYPES = {"sparsekv": None} | {f"sparsekv_{name.replace('-', '')}": name for name in PRESETS}
+"""Names for ``--kv-cache-dtype`` and the presets they stand for; None for the default one."""
+
 WITHOUT_BASIS = {"capacity": {"key_dtype": "int3", "value_dtype": "int3"}}
 """What presets name that need a basis where there is none."""
 

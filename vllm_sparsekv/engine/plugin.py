@@ -21,10 +21,11 @@ def backend_member() -> Any:
     """Register everything and return the ``AttentionBackendEnum`` member."""
     from vllm_sparsekv.engine import compat
     from vllm_sparsekv.engine.admission import admit, admit_derived, refuse_unused_settings
+    from vllm_sparsekv.engine.cache_dtype import resolve_cache_dtype
     from vllm_sparsekv.engine.window import RingManager, RingSpec
 
     member = compat.register_backend_member(BACKEND_NAME, BACKEND_PATH, backend_member)
-    compat.watch_engine_arguments()
+    compat.watch_engine_arguments(resolve_cache_dtype)
     compat.watch_config(member, admit, admit_derived, refuse_unused_settings)
     compat.watch_layers(_prepare_layers)
     compat.register_ring(RingSpec, RingManager)

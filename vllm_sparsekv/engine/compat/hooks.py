@@ -117,12 +117,13 @@ def watch_layers(prepare: Callable[[VllmConfig, Callable[[], None]], None]) -> N
     _wrap_platform_hook("update_block_size_for_backend", make)
 
 
-def watch_engine_arguments() -> None:
-    """Remember the arguments an engine's configuration is being made from."""
+def watch_engine_arguments(prepare: Callable[[Any], None]) -> None:
+    """Call ``prepare`` on the arguments an engine's configuration is made from; remember them."""
     from vllm.engine.arg_utils import EngineArgs
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def create_engine_config(self: Any, *args: Any, **options: Any) -> Any:
+            prepare(self)
             token = _engine_args.set(self)
             try:
                 return original(self, *args, **options)
