@@ -199,7 +199,8 @@ def test_one_request_at_a_time_and_many(sparse: LLM, one_at_a_time: LLM, dense: 
 def test_an_adapter(sparse: LLM, dense: LLM, adapter: LoRARequest) -> None:
     """Prefixes without the adapter are none with it.
 
-    Not in one batch with others, where vLLM's CPU build gives them the adapter as well.
+    Not in one batch with others: there vLLM's CPU build answered some plain prompts, dense ones
+    too, as their adapted twins.
     """
     params = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
     given = [{"prompt_token_ids": tokens} for tokens in prompts(2, 150)]
