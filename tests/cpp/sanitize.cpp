@@ -75,7 +75,7 @@ void run_batch(const Shape& shape) {
         }
     }
     Array<float> sinks(heads), means(kv_heads * shape.head_size);
-    Array<float> matrices(size_t(kv_heads) * shape.head_size * shape.head_size);
+    Array<Float16> matrices(size_t(kv_heads) * shape.head_size * shape.head_size);
 
     Array<uint8_t> pages(num_blocks * kv_heads * tile);
     const int64_t slot_tile = int64_t(slots) * layout.slot_bytes();
