@@ -19,7 +19,7 @@ class Worker {
   public:
     explicit Worker(const Plan& plan)
         : plan_(plan), call_(plan.call), layout_(call_.layout), size_(layout_.head_size), folding_(plan),
-          in_basis_{call_.query, call_.key, call_.value, call_.query_stride, call_.key_stride, call_.value_stride} {
+          in_basis_(call_) {
         Carver count(nullptr);
         carve(count);
         Carver carver(memory().reserve(count.used()));
@@ -210,10 +210,10 @@ class Worker {
     const Layout& layout_;
     const int size_;
     Folding folding_;
-    const Given in_basis_;
+    const StepVectors in_basis_;
 
     Unit unit_;
-    const Given* step_ = nullptr;  // what the unit attends of the step
+    const StepVectors* step_ = nullptr;  // what the unit attends of the step
     int64_t first_token_ = 0;  // of the unit's request in this step
     int first_seen_ = 0;       // position, of any query of the unit
     int rows_ = 0;

@@ -40,10 +40,14 @@ struct AttentionCall {
     Layout layout;
 };
 
-// A step's vectors as the model gave them. Strides count elements from token to token.
-struct Given {
+// A step's vectors. Strides count elements from token to token.
+struct StepVectors {
     const uint8_t *query, *key, *value;
     int64_t query_stride, key_stride, value_stride;
+
+    explicit StepVectors(const AttentionCall& call)
+        : query(call.query), key(call.key), value(call.value), query_stride(call.query_stride),
+          key_stride(call.key_stride), value_stride(call.value_stride) {}
 };
 
 // The units of one request: per KV head, per tile of queries, per part of the history the tile sees.
@@ -63,7 +67,7 @@ struct Unit {
 // Lives until the next plan of its thread.
 struct Plan {
     const AttentionCall& call;
-    const Given* given;  // what requests without a history attend, who need no basis; nullptr: nobody
+    const StepVectors* given;  // by the model, for requests without a history, who need no basis; nullptr: none
     Request* requests;
     float* partial_results;  // an Accumulator each
     int group;         // query heads per KV head
@@ -72,7 +76,7 @@ struct Plan {
     int rows = 0;      // rows of one unit at most
     int64_t units = 0, partials = 0;
 
-    explicit Plan(const AttentionCall& call, const Given* given = nullptr) : call(call), given(given) {
+    explicit Plan(const AttentionCall& call, const StepVectors* given = nullptr) : call(call), given(given) {
         thread_local Scratch request_memory, partial_memory;
         requests = static_cast<Request*>(request_memory.reserve(call.num_reqs * sizeof(Request)));
         group = call.num_heads / call.num_kv_heads;

@@ -23,10 +23,9 @@ class Step {
   public:
     explicit Step(const StepCall& step)
         : step_(step), call_(step.attention), layout_(call_.layout), size_(layout_.head_size),
-          given_{call_.query, call_.key, call_.value, call_.query_stride, call_.key_stride, call_.value_stride} {
+          given_(call_), gives_(call_.key && !step.kept_key) {
         thread_local Scratch memory;
         const bool writes = call_.key;
-        gives_ = writes && !step.kept_key;
         const int group = call_.num_heads / call_.num_kv_heads;
         tokens_ = call_.query_start_loc[call_.num_reqs];
         const int heads = call_.num_heads + 2 * call_.num_kv_heads;
@@ -41,7 +40,7 @@ class Step {
     }
 
     // See Plan.
-    const Given* given() const { return gives_ ? &given_ : nullptr; }
+    const StepVectors* given() const { return gives_ ? &given_ : nullptr; }
 
     const AttentionCall& attention() const { return call_; }
 
@@ -61,10 +60,10 @@ class Step {
         const auto token = [&](int i) { return first + i; };
         if ((block - query_blocks_) % 2 == 0) {
             change(key_, head, count, token);
-            pack(call_.key, call_.key_stride, layout_.key, &Tile<uint8_t>::key, head, first);
+            pack(call_.key, call_.key_stride, layout_.key, &Tile<uint8_t>::key, head, first, count);
         } else {
             change(value_, head, count, token);
-            pack(call_.value, call_.value_stride, layout_.value, &Tile<uint8_t>::value, head, first);
+            pack(call_.value, call_.value_stride, layout_.value, &Tile<uint8_t>::value, head, first, count);
         }
     }
 
@@ -133,8 +132,8 @@ class Step {
     }
 
     void pack(const uint8_t* rows, int64_t stride, const VectorLayout& vector,
-              Section<uint8_t> Tile<uint8_t>::*section, int head, int64_t first) const {
-        for (int64_t token = first; token < last(first, CHANGE_ROWS, tokens_) && token < step_.num_slots; ++token) {
+              Section<uint8_t> Tile<uint8_t>::*section, int head, int64_t first, int count) const {
+        for (int64_t token = first; token < last(first, count, step_.num_slots); ++token) {
             const int64_t slot = step_.slot_mapping[token];
             if (slot < 0) continue;
             uint8_t* pages = const_cast<uint8_t*>(call_.pages);
@@ -149,8 +148,8 @@ class Step {
     AttentionCall call_;
     const Layout& layout_;
     const int size_;
-    const Given given_;
-    bool gives_;
+    const StepVectors given_;
+    const bool gives_;
     int query_tokens_;
     int64_t tokens_, key_blocks_, query_blocks_, asking_ = 0;
     int32_t* asking_tokens_ = nullptr;
