@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import models
-import psutil
 import pytest
+from programs import program
 from test_engine_transfer import SETTINGS, prompt
 from vllm.distributed.nixl_utils import is_nixl_available
 from vllm.utils.network_utils import get_open_port
@@ -80,31 +78,15 @@ def start(model: Path, role: str, log: Path, settings: dict[str, Any]) -> Iterat
             "kv_load_failure_policy": "recompute",
         },
     }
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])])
-    given = {
-        "PYTHONPATH": path,
+    environment = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": str(get_open_port()),
         "VLLM_LOGGING_STREAM": "ext://sys.stderr",
         "TORCHDYNAMO_DISABLE": "1",
     }
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            [sys.executable, "-c", CODE, json.dumps(options)],
-            env=os.environ | given,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        ) as process,
-    ):
-        try:
-            yield Engine(process, log)
-        finally:
-            for child in [*psutil.Process(process.pid).children(recursive=True), process]:
-                child.kill()
+    with program(CODE, json.dumps(options), log, **environment) as process:
+        yield Engine(process, log)
 
 
 @pytest.fixture(scope="module")

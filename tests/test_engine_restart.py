@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import models
-import psutil
 import pytest
+from programs import program
 from test_engine_transfer import CACHED, SETTINGS, ask, offloading, prompt
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
@@ -58,38 +56,13 @@ def answers(
             "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [tier]},
         },
     }
-    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])])
     log = folder.parent / "log.txt"
-    with (
-        log.open("w") as errors,
-        subprocess.Popen(
-            [sys.executable, "-c", CODE, json.dumps([options, prompt()])],
-            env=os.environ | {"PYTHONPATH": path, **SEPARATE},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-        ) as process,
-    ):
-        try:
-            lines = (line for line in process.stdout if line.startswith("ANSWER"))
-            found = [tuple(json.loads(line[len("ANSWER") :])) for line in islice(lines, 2)]
-            assert len(found) == 2, log.read_text()[-4000:]
-            wait_for_files(folder, files, process)
-            yield found
-        finally:
-            kill(process.pid)
-
-
-def kill(pid: int) -> None:
-    """A process and all it started, which leave their shared memory behind."""
-    tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
-    shared = {Path(area.path) for process in tree for area in process.memory_maps()}
-    for process in tree:
-        process.kill()
-    for path in shared:
-        if path.parent == Path("/dev/shm"):
-            path.unlink(missing_ok=True)
+    with program(CODE, json.dumps([options, prompt()]), log, **SEPARATE) as process:
+        lines = (line for line in process.stdout if line.startswith("ANSWER"))
+        found = [tuple(json.loads(line[len("ANSWER") :])) for line in islice(lines, 2)]
+        assert len(found) == 2, log.read_text()[-4000:]
+        wait_for_files(folder, files, process)
+        yield found
 
 
 def wait_for_files(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
