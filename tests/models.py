@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 """Configuration by Hugging Face model type."""
+
+
+def prompts(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
+    """Of random tokens."""
+    generator = random.Random(seed)
+    return [[generator.randrange(3, VOCABULARY) for _ in range(n)] for n in lengths]
 
 
 def build(family: str, folder: Path, **changes: Any) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,7 @@ MAX_TOKENS = 16
 
 
 def prompts() -> list[list[int]]:
-    generator = random.Random(0)
-    lengths = (30, 100, 200, 250)
-    return [[generator.randrange(3, models.VOCABULARY) for _ in range(n)] for n in lengths]
+    return models.prompts(0, (30, 100, 200, 250))
 
 
 async def answers(options: dict[str, Any]) -> list[list[tuple[list[int], int]]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,11 +50,6 @@ class Run(NamedTuple):
     crowd: list[list[int]]
 
 
-def prompts(seed: int, lengths: tuple[int, ...]) -> list[list[int]]:
-    generator = random.Random(seed)
-    return [[generator.randrange(3, models.VOCABULARY) for _ in range(n)] for n in lengths]
-
-
 @contextmanager
 def start(
     model: Path, settings: dict[str, Any] | None, speculative: dict[str, Any] | None = None
@@ -80,14 +74,14 @@ def start(
 
 
 def measure(llm: LLM) -> Run:
-    given = prompts(0, LENGTHS)
+    given = models.prompts(0, LENGTHS)
     found = [texts(generate(llm, some, 40)) for some in (given, given[-1:], given[-1:])]
     drafted = tuple(
         metric(llm, f"vllm:spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted")
     )
     # Who is preempted loses drafts, and block sizes decide who is.
     assert metric(llm, "vllm:num_preemptions") == 0
-    return Run(found, drafted, texts(generate(llm, prompts(1, (60,) * 100), 24)))
+    return Run(found, drafted, texts(generate(llm, models.prompts(1, (60,) * 100), 24)))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import random
 import re
 import subprocess
 import sys
@@ -68,8 +67,7 @@ def options(model: Path) -> dict[str, Any]:
 
 def prompts() -> list[list[int]]:
     """Longer than the window and than a block, and short."""
-    generator = random.Random(0)
-    return [[generator.randrange(3, models.VOCABULARY) for _ in range(n)] for n in (200, 90, 7)]
+    return models.prompts(0, (200, 90, 7))
 
 
 @pytest.fixture(scope="module")
