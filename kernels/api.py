@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 from vllm_sparsekv.kernels.attention import reference as attention_reference
 from vllm_sparsekv.kernels.cpu.build import BuildError
 from vllm_sparsekv.kernels.pack import reference as pack_reference
@@ -134,6 +134,9 @@ def pack(
     slot_mapping: torch.Tensor,
     pages: torch.Tensor,
     fmt: SparseFormat,
+    *,
+    key_feedback: torch.Tensor | None = None,
+    value_feedback: torch.Tensor | None = None,
 ) -> None:
     """Prune a step's keys and values into their pages: see ``pack/reference.py``.
 
@@ -143,7 +146,17 @@ def pack(
     _check_vectors(fmt, key=key, value=value)
     _check_pages(pages, key.shape[1], fmt)
     _check_indices(1, torch.int64, slot_mapping=slot_mapping)
-    implementation(pages.device.type).pack(key, value, slot_mapping, pages, fmt)
+    _check_feedback(fmt.key, key.shape[1], key_feedback=key_feedback)
+    _check_feedback(fmt.value, key.shape[1], value_feedback=value_feedback)
+    implementation(pages.device.type).pack(
+        key,
+        value,
+        slot_mapping,
+        pages,
+        fmt,
+        key_feedback=key_feedback,
+        value_feedback=value_feedback,
+    )
 
 
 def sparse_attention(
@@ -360,6 +373,20 @@ def _check_vectors(fmt: SparseFormat, **vectors: torch.Tensor) -> None:
             )
         if x.dtype != fmt.dtype:
             raise ValueError(f"{name} is {x.dtype}: must be {fmt.dtype}")
+
+
+def _check_feedback(fmt: VectorFormat, kv_heads: int, **feedback: torch.Tensor | None) -> None:
+    """(num_kv_heads, D, D), of whole integer vectors."""
+    for name, matrix in feedback.items():
+        if matrix is None:
+            continue
+        if not (fmt.codec.integer and fmt.rotated):
+            raise ValueError(f"{name} is given: only whole integer vectors take it, must be None")
+        if matrix.shape != (kv_heads, fmt.head_size, fmt.head_size):
+            raise ValueError(
+                f"{name} has shape {tuple(matrix.shape)}: must be "
+                f"({kv_heads}, {fmt.head_size}, {fmt.head_size})"
+            )
 
 
 def _check_indices(dims: int, dtype: torch.dtype, **indices: torch.Tensor) -> None:

@@ -125,6 +125,15 @@ def encode_int(x, step, zero, BITS: tl.constexpr):
 
 
 @triton.jit
+def nearest_int(x, step, zero, BITS: tl.constexpr):
+    """What rows x (rows, D) float32 read back as, step and zero as of :func:`int_scale`."""
+    code = encode_int(x, step[:, None], zero[:, None], BITS).to(tl.float32)
+    wide = _float(step)
+    offset = wide * (zero.to(tl.float32) * (2.0 ** (BITS - 7)))
+    return wide[:, None] * code - offset[:, None]
+
+
+@triton.jit
 def decode_scale(packed):
     """Step, float32, and zero, int32, of scales, int32, as they are stored."""
     return _float((packed >> 1) & 0x7FC0), packed & 127

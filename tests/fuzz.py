@@ -126,8 +126,9 @@ def attention(rng: random.Random) -> None:
 def basis_files(rng: random.Random, folder: Path) -> None:
     """A damaged file is refused in one line that names it, or read as what was written."""
     path = folder / "basis.safetensors"
-    matrix, mean = torch.eye(32).repeat(2, 1, 1), torch.zeros(2, 32)
-    write_basis(path, {0: LayerBasis(matrix, matrix, mean, mean)}, 1, "model")
+    matrix, mean, reader = torch.eye(32).repeat(2, 1, 1), torch.zeros(2, 32), torch.ones(2, 32)
+    layer = LayerBasis(matrix, matrix, mean, mean, reader, reader)
+    write_basis(path, {0: layer}, 1, "model")
     content = bytearray(path.read_bytes())
     head = 8 + int.from_bytes(content[:8], "little")
     for _ in range(rng.randint(1, 3)):

@@ -30,7 +30,8 @@ def basis(tmp_path_factory) -> Path:
     """Matrices that stretch the first coordinate of each key, more in the second layer."""
     path = tmp_path_factory.mktemp("basis") / "basis.safetensors"
     eye, zero = torch.eye(SIZE).repeat(KV_HEADS, 1, 1), torch.zeros(KV_HEADS, SIZE)
-    layers = {index: LayerBasis(eye.clone(), eye, zero, zero) for index in range(LAYERS)}
+    one = torch.ones(KV_HEADS, SIZE)
+    layers = {index: LayerBasis(eye.clone(), eye, zero, zero, one, one) for index in range(LAYERS)}
     layers[0].key[:, 0, 0], layers[1].key[:, 0, 0] = 2, 50
     write_basis(path, layers, LAYERS, "a-model")
     return path

@@ -206,7 +206,7 @@ def test_basis_of_another_model(
     if shape is not None:
         layers, heads, size = shape
         eyes, means = torch.eye(size).expand(2, heads, size, size), torch.zeros(2, heads, size)
-        layer = LayerBasis(*eyes, *means)
+        layer = LayerBasis(*eyes, *means, *means + 1)
         write_basis(path, dict.fromkeys(range(layers), layer), layers, "a-model")
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         configure(additional_config={"sparsekv": {"basis": str(path)}})

@@ -29,12 +29,13 @@ LAYERS, HEADS, KV_HEADS, SIZE, TOKENS = 30, 9, 3, 64, 40
 
 @pytest.fixture(scope="module")
 def bases() -> dict[int, LayerBasis]:
-    """Scaled rotations and means of which no two are alike."""
+    """Scaled rotations, means and readers of which no two are alike."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(LAYERS, 2, KV_HEADS, SIZE, SIZE, generator=generator)
     scaled = torch.linalg.qr(random).Q * torch.logspace(-0.5, 0.5, SIZE)
     means = torch.randn(LAYERS, 2, KV_HEADS, SIZE, generator=generator)
-    return {i: LayerBasis(*scaled[i], *means[i]) for i in range(LAYERS)}
+    readers = torch.randn(LAYERS, 2, KV_HEADS, SIZE, generator=generator).exp()
+    return {i: LayerBasis(*scaled[i], *means[i], *readers[i]) for i in range(LAYERS)}
 
 
 @pytest.fixture(
@@ -105,8 +106,11 @@ def test_a_layer_takes_its_own_basis(config: VllmConfig, bases: dict[int, LayerB
     assert (out[TOKENS - 1] - exact).abs().max() < 3e-3  # its matrices are float16
     basis = Basis.calibrated(fmt, bases[7])
     stored_key, stored_value = basis.stored_key(key), basis.stored_value(value)
-    for stored, vector in ((stored_key, fmt.key), (stored_value, fmt.value)):
-        packed = pack_vectors(stored[:TOKENS], vector)
+    for stored, vector, feedback in (
+        (stored_key, fmt.key, basis.key_feedback),
+        (stored_value, fmt.value, basis.value_feedback),
+    ):
+        packed = pack_vectors(stored[:TOKENS], vector, feedback)
         stored[:TOKENS] = unpack_vectors(*packed, vector)
     read_key = change(stored_key, basis.query.mT, plus=basis.key_mean)
     expected = attention(query[TOKENS], read_key, basis.restored(stored_value))

@@ -79,7 +79,9 @@ def int4_format(dtype: torch.dtype, key_sparsity: float = 0.0) -> SparseFormat:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_calibrated_matrices_have_16_bits_except_float32_models_on_gpus(dtype):
-    layer = LayerBasis(*(ill_conditioned(2, 64) for _ in range(2)), *torch.zeros(2, 2, 64))
+    layer = LayerBasis(
+        *(ill_conditioned(2, 64) for _ in range(2)), *torch.zeros(2, 2, 64), *torch.ones(2, 2, 64)
+    )
     for device, expected in (("cpu", torch.float16), ("meta", dtype)):
         basis = Basis.calibrated(int4_format(dtype), layer, device)
         matrices = (basis.key, basis.query, basis.value, basis.output)
@@ -91,7 +93,9 @@ def test_bands_rotate_by_themselves():
     """What is large in the first half of a calibrated basis stays there, spread evenly."""
     config = SparseKVConfig(key_dtype="int4_int2", basis="b")
     fmt = SparseFormat.from_config(config, 64, torch.float32)
-    layer = LayerBasis(*(ill_conditioned(2, 64) for _ in range(2)), *torch.zeros(2, 2, 64))
+    layer = LayerBasis(
+        *(ill_conditioned(2, 64) for _ in range(2)), *torch.zeros(2, 2, 64), *torch.ones(2, 2, 64)
+    )
     basis = Basis.calibrated(fmt, layer)
     x = torch.eye(64).expand(2, 64, 64) @ torch.linalg.inv(layer.key)
     stored = change(x.transpose(0, 1), basis.key).transpose(0, 1)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 HEADS, GROUP, SIZE, LAYERS = 2, 2, 16, 2
 NO_MEANS = torch.zeros(2, HEADS, SIZE)
+READ_ALIKE = torch.ones(2, HEADS, SIZE)
 
 
 def vectors(*shape: int, seed: int = 7) -> torch.Tensor:
@@ -110,7 +111,7 @@ def test_scores_are_unchanged(sparsity):
     config = SparseKVConfig(sparsity, 0.5, "int4", "int4")
     fmt = SparseFormat.from_config(config, SIZE, torch.float32)
     matrices = balanced_basis(moments(1), moments(2)).float()
-    basis = Basis.calibrated(fmt, LayerBasis(matrices, matrices.flip(0), *NO_MEANS))
+    basis = Basis.calibrated(fmt, LayerBasis(matrices, matrices.flip(0), *NO_MEANS, *READ_ALIKE))
     assert basis.key.dtype == basis.query.dtype == torch.float16
     tokens = 30
     key = vectors(tokens, HEADS, SIZE).float()
@@ -135,7 +136,7 @@ def test_whole_vectors_are_spread_and_pruned_ones_are_not(sparsity, spread):
     x = vectors(HEADS, 4000, SIZE) * torch.logspace(0, 1, SIZE, dtype=torch.float64)
     moment = x.mT @ x / 4000
     matrices = balanced_basis(moment, moment)
-    basis = Basis.calibrated(fmt, LayerBasis(matrices, matrices, *NO_MEANS))
+    basis = Basis.calibrated(fmt, LayerBasis(matrices, matrices, *NO_MEANS, *READ_ALIKE))
     for matrix in (basis.key, basis.value):
         stored = change(x.transpose(0, 1).float(), matrix)
         size = stored.square().mean(0).sqrt()
@@ -162,7 +163,7 @@ def some_layers() -> dict[int, LayerBasis]:
     """Of layers 0 and 2."""
     means = vectors(2, 2, HEADS, SIZE)
     return {
-        index: LayerBasis(*torch.eye(SIZE).repeat(2, HEADS, 1, 1), *means[index // 2])
+        index: LayerBasis(*torch.eye(SIZE).repeat(2, HEADS, 1, 1), *means[index // 2], *READ_ALIKE)
         for index in (0, 2)
     }
 

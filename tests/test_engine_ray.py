@@ -41,7 +41,9 @@ def basis(tmp_path_factory: pytest.TempPathFactory) -> Path:
     layers = {}
     for index in range(4):
         matrices = torch.eye(32) + 0.05 * torch.randn(2, 2, 32, 32, generator=generator)
-        layers[index] = LayerBasis(*matrices, *torch.randn(2, 2, 32, generator=generator))
+        layers[index] = LayerBasis(
+            *matrices, *torch.randn(2, 2, 32, generator=generator), *torch.ones(2, 2, 32)
+        )
     write_basis(path, layers, 4, "a-model")
     return path
 

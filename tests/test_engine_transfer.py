@@ -200,8 +200,10 @@ def basis_file(path: Path, seed: int) -> str:
     def rotation() -> torch.Tensor:
         return torch.linalg.qr(torch.randn(2, 32, 32, generator=generator)).Q
 
-    mean = torch.zeros(2, 32)
-    layers = {index: LayerBasis(rotation(), rotation(), mean, mean) for index in range(4)}
+    mean, reader = torch.zeros(2, 32), torch.ones(2, 32)
+    layers = {
+        index: LayerBasis(rotation(), rotation(), mean, mean, reader, reader) for index in range(4)
+    }
     write_basis(path, layers, 4, "llama")
     return str(path)
 

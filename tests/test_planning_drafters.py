@@ -77,7 +77,7 @@ def basis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         monkeypatch.setattr(engine_layers, function, lambda value=value: value)
     eyes, means = torch.eye(64).expand(2, 2, 64, 64), torch.zeros(2, 2, 64)
     path = tmp_path / "basis.safetensors"
-    write_basis(path, dict.fromkeys(range(4), LayerBasis(*eyes, *means)), 4, "a-model")
+    write_basis(path, dict.fromkeys(range(4), LayerBasis(*eyes, *means, *means + 1)), 4, "a-model")
     return str(path)
 
 

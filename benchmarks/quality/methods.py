@@ -157,13 +157,14 @@ def _stored(fmt: SparseFormat, basis: Basis, settings: dict[str, Any]) -> Method
     """What vectors read back as in one layer."""
 
     def key(x: Vectors, query: torch.Tensor) -> Vectors:
-        packed = pack_vectors(basis.stored_key(x.transpose(0, 1)), fmt.key)
+        packed = pack_vectors(basis.stored_key(x.transpose(0, 1)), fmt.key, basis.key_feedback)
         back = None if basis.query is None else basis.query.mT
         stored = unpack_vectors(*packed, fmt.key)
         return change(stored, back, plus=basis.key_mean).transpose(0, 1)
 
     def value(x: Vectors) -> Vectors:
-        packed = pack_vectors(basis.stored_value(x.transpose(0, 1)), fmt.value)
+        stored = basis.stored_value(x.transpose(0, 1))
+        packed = pack_vectors(stored, fmt.value, basis.value_feedback)
         return basis.restored(unpack_vectors(*packed, fmt.value)).transpose(0, 1)
 
     return Method(

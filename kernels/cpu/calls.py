@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, bfloat16, float16, float32
 
+from vllm_sparsekv.format.feedback import block_length
 from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 
 STORAGE = {
@@ -46,6 +47,12 @@ class Change(ctypes.Structure):
     _fields_ = _fields((ctypes.c_void_p, "matrix mean"), (ctypes.c_int64, "matrix_stride"))
 
 
+class Feedback(ctypes.Structure):
+    _fields_ = _fields(
+        (ctypes.c_void_p, "matrix"), (ctypes.c_int64, "stride"), (ctypes.c_int32, "length")
+    )
+
+
 class AttentionCall(ctypes.Structure):
     _fields_ = _fields(
         (ctypes.c_void_p, "query key value out pages window"),
@@ -67,6 +74,7 @@ class PackCall(ctypes.Structure):
         (ctypes.c_int64, "key_stride value_stride page_stride page_head_stride num_tokens"),
         (ctypes.c_int32, "num_kv_heads block_size num_threads"),
         (Layout, "layout"),
+        (Feedback, "key_feedback value_feedback"),
     )
 
 
@@ -85,6 +93,7 @@ class StepCall(ctypes.Structure):
     _fields_ = _fields(
         (AttentionCall, "attention"),
         (Change, "key_change query_change value_change"),
+        (Feedback, "key_feedback value_feedback"),
         (ctypes.c_void_p, "slot_mapping"),
         (ctypes.c_int64, "num_slots"),
         (ctypes.c_void_p, "kept_key kept_value"),
@@ -114,6 +123,13 @@ def _storage(vector: VectorFormat) -> int:
 @cache
 def layout_of(encoded: tuple[int, ...]) -> Layout:
     return Layout(*encoded[:3], VectorLayout(*encoded[3:5]), VectorLayout(*encoded[5:]))
+
+
+def feedback_of(matrix: Tensor | None) -> Feedback:
+    """Of a contiguous (num_kv_heads, D, D) float16, which must outlive the call."""
+    if matrix is None:
+        return Feedback()
+    return Feedback(matrix.data_ptr(), matrix.stride(0), block_length(matrix.shape[-1]))
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from vllm_sparsekv.kernels.cpu.calls import (
     WindowCall,
     byte_strides,
     encode,
+    feedback_of,
     layout_of,
     reach,
     rows_of,
@@ -125,9 +126,19 @@ def _attention(
 
 
 def _pack(
-    key: Tensor, value: Tensor, slot_mapping: Tensor, pages: Tensor, layout: Sequence[int]
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    pages: Tensor,
+    layout: Sequence[int],
+    key_feedback: Tensor | None,
+    value_feedback: Tensor | None,
 ) -> None:
     key, value = rows_of(key), rows_of(value)
+    matrices = [
+        None if matrix is None else matrix.to(torch.float16).contiguous()
+        for matrix in (key_feedback, value_feedback)
+    ]
     call = PackCall(
         key.data_ptr(),
         value.data_ptr(),
@@ -141,6 +152,7 @@ def _pack(
         pages.shape[2],
         torch.get_num_threads(),
         layout_of(tuple(layout)),
+        *map(feedback_of, matrices),
     )
     kernel("pack")(ctypes.byref(call))
 
@@ -217,7 +229,8 @@ _call_attention = _operator(
 )
 _call_pack = _operator(
     "pack",
-    "Tensor key, Tensor value, Tensor slot_mapping, Tensor(a!) pages, int[] layout",
+    "Tensor key, Tensor value, Tensor slot_mapping, Tensor(a!) pages, int[] layout, "
+    "Tensor? key_feedback, Tensor? value_feedback",
     _pack,
 )
 _call_write_window = _operator(
@@ -267,10 +280,17 @@ def sparse_attention(
 
 
 def pack(
-    key: Tensor, value: Tensor, slot_mapping: Tensor, pages: Tensor, fmt: SparseFormat
+    key: Tensor,
+    value: Tensor,
+    slot_mapping: Tensor,
+    pages: Tensor,
+    fmt: SparseFormat,
+    *,
+    key_feedback: Tensor | None = None,
+    value_feedback: Tensor | None = None,
 ) -> None:
-    """As :func:`vllm_sparsekv.kernels.pack.reference.pack`."""
-    _call_pack(key, value, slot_mapping, pages, encode(fmt))
+    """As :func:`vllm_sparsekv.kernels.pack.reference.pack`, but for sums of feedback."""
+    _call_pack(key, value, slot_mapping, pages, encode(fmt), key_feedback, value_feedback)
 
 
 def write_window(

@@ -11,9 +11,11 @@ from torch import Tensor
 from vllm_sparsekv.kernels.cpu.calls import (
     AttentionCall,
     Change,
+    Feedback,
     StepCall,
     byte_strides,
     encode,
+    feedback_of,
     layout_of,
     reach,
     rows_of,
@@ -112,7 +114,15 @@ def _state(
         panels = torch.cat([part.flatten(-2) for part in matrix.split(PANEL, -1)], -1)
         return Change(pointer(panels, torch.float16), pointer(mean, torch.float32), stride)
 
+    def feedback(matrix: Tensor | None) -> Feedback:
+        if matrix is not None:
+            tensors.append(matrix.to(torch.float16).contiguous())
+            matrix = tensors[-1]
+        return feedback_of(matrix)
+
     call = StepCall()
+    call.key_feedback = feedback(basis.key_feedback)
+    call.value_feedback = feedback(basis.value_feedback)
     call.key_change = change(basis.key, basis.key_mean)
     call.query_change = change(basis.query)
     call.value_change = change(basis.value, basis.value_mean)

@@ -5,7 +5,6 @@
 
 #include <cmath>
 
-#include "../cpu/encode.h"
 #include "pack.h"
 
 namespace sparsekv::SPARSEKV_ISA {
@@ -21,6 +20,7 @@ struct PackCall {
     int64_t num_tokens;
     int32_t num_kv_heads, block_size, num_threads;
     Layout layout;
+    Feedback key_feedback, value_feedback;
 };
 
 template <class Bits>
@@ -65,12 +65,23 @@ void select_row(const uint8_t* row, int size, int survivors, Bits nan, uint8_t* 
     select(magnitude, size, survivors, kept);
 }
 
+// A row as float32, with one zero and one NaN.
+void read_row(const uint8_t* row, const Layout& layout, float* x) {
+    decode_row(layout.storage, row, layout.head_size, x);
+    for (int i = 0; i < layout.head_size; ++i) x[i] = x[i] == x[i] ? x[i] + 0.f : NAN;
+}
+
+void write_values(const float* x, const float* target, const VectorLayout& vector, const Section<uint8_t>& section,
+                  int offset) {
+    encode(vector.storage, x, target, vector.survivors, section.values + offset * vector.value_bytes(),
+           section.scales + offset * scale_bytes(vector.storage));
+}
+
 void pack_row(
     const uint8_t* row, const Layout& layout, const VectorLayout& vector, const Section<uint8_t>& section, int offset) {
     const int size = layout.head_size;
     alignas(64) float x[MAX_HEAD_SIZE];
-    decode_row(layout.storage, row, size, x);
-    for (int i = 0; i < size; ++i) x[i] = x[i] == x[i] ? x[i] + 0.f : NAN;  // -0 to 0, and one NaN
+    read_row(row, layout, x);
     if (const int bitmap_bytes = layout.bitmap_bytes(vector)) {
         alignas(64) uint8_t kept[MAX_HEAD_SIZE];
         if (layout.storage == FLOAT32) select_row<uint32_t>(row, size, vector.survivors, 0x7f800001, kept);
@@ -86,26 +97,50 @@ void pack_row(
             rank += kept[i];
         }
     }
-    encode(vector.storage, x, vector.survivors, section.values + offset * vector.value_bytes(),
-           section.scales + offset * scale_bytes(vector.storage));
+    write_values(x, x, vector, section, offset);
+}
+
+void pack_rows(
+    const Packing& packing, int count, const Layout& layout, const VectorLayout& vector,
+    Section<uint8_t> Tile<uint8_t>::*section, const Feedback& feedback, int head) {
+    const int size = layout.head_size;
+    thread_local Scratch memory;
+    const auto row = [&](int i) { return packing.rows + i * packing.stride * layout.element_bytes(); };
+    float *x = nullptr, *target = nullptr;
+    if (feedback.matrix) {
+        x = static_cast<float*>(memory.reserve(2 * size_t(PACK_ROWS) * size * sizeof(float)));
+        target = x + PACK_ROWS * size;
+        for (int i = 0; i < count; ++i) read_row(row(i), layout, x + i * size);
+        feed_back(feedback, head, vector.storage, x, count, size, target);
+    }
+    for (int i = 0; i < count; ++i) {
+        const int64_t slot = packing.slots[i];
+        if (slot < 0) continue;
+        const Tile<uint8_t> tile(
+            packing.pages + slot / packing.block_size * packing.page_stride, packing.block_size, layout);
+        const int offset = static_cast<int>(slot % packing.block_size);
+        if (target) write_values(x + i * size, target + i * size, vector, tile.*section, offset);
+        else pack_row(row(i), layout, vector, tile.*section, offset);
+    }
 }
 
 SPARSEKV_EXPORT(pack)(const PackCall* call) {
     const Layout& layout = call->layout;
-    const int64_t rows = call->num_tokens * call->num_kv_heads;
-#pragma omp parallel for num_threads(call->num_threads) schedule(static) if (rows > 64)
-    for (int64_t i = 0; i < rows; ++i) {
-        const int64_t token = i / call->num_kv_heads, head = i % call->num_kv_heads;
-        const int64_t slot = call->slot_mapping[token], column = head * layout.head_size;
-        if (slot < 0) continue;
-        const Tile<uint8_t> tile(
-            call->pages + slot / call->block_size * call->page_stride + head * call->page_head_stride,
-            call->block_size, layout);
-        const int offset = static_cast<int>(slot % call->block_size);
-        pack_row(call->key + (token * call->key_stride + column) * layout.element_bytes(), layout, layout.key,
-                 tile.key, offset);
-        pack_row(call->value + (token * call->value_stride + column) * layout.element_bytes(), layout,
-                 layout.value, tile.value, offset);
+    const int64_t blocks = (call->num_tokens + PACK_ROWS - 1) / PACK_ROWS, pieces = 2 * blocks * call->num_kv_heads;
+#pragma omp parallel for num_threads(call->num_threads) schedule(static) if (call->num_tokens * call->num_kv_heads > 64)
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+        const int head = static_cast<int>(piece / 2 % call->num_kv_heads);
+        const int64_t first = piece / 2 / call->num_kv_heads * PACK_ROWS, left = call->num_tokens - first;
+        const int count = static_cast<int>(left < PACK_ROWS ? left : PACK_ROWS);
+        const auto pack = [&](const uint8_t* rows, int64_t stride, const VectorLayout& vector,
+                              Section<uint8_t> Tile<uint8_t>::*section, const Feedback& feedback) {
+            const int64_t element = first * stride + int64_t(head) * layout.head_size;
+            pack_rows({rows + element * layout.element_bytes(), stride, call->slot_mapping + first,
+                       call->pages + head * call->page_head_stride, call->page_stride, call->block_size},
+                      count, layout, vector, section, feedback, head);
+        };
+        if (piece % 2 == 0) pack(call->key, call->key_stride, layout.key, &Tile<uint8_t>::key, call->key_feedback);
+        else pack(call->value, call->value_stride, layout.value, &Tile<uint8_t>::value, call->value_feedback);
     }
 }
 

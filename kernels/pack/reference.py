@@ -7,6 +7,7 @@ from functools import cache
 import torch
 from torch.nn.functional import embedding, pad
 
+from vllm_sparsekv.format.codecs import IntegerCodec
 from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 
 
@@ -31,13 +32,15 @@ def survivor_mask(x: torch.Tensor, survivors: int) -> torch.Tensor:
 
 
 def pack_vectors(
-    x: torch.Tensor, fmt: VectorFormat
+    x: torch.Tensor, fmt: VectorFormat, feedback: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Prune and encode vectors.
 
     Args:
         x: (..., D) floats; a surviving -0.0 is stored as 0, and there is but one NaN.
         fmt: format of these vectors.
+        feedback: (num_kv_heads, D, D) of whole integer vectors x (..., num_kv_heads, D), see
+            :mod:`vllm_sparsekv.format.feedback`.
 
     Returns:
         bitmaps (..., bitmap_bytes), values (..., value_bytes) and scales (..., scale_bytes), all
@@ -47,7 +50,10 @@ def pack_vectors(
     # Which NaN that leaves depends on the place in torch's loops.
     x = x.masked_fill(x.isnan(), torch.nan)
     if fmt.survivors == fmt.head_size:
-        values, scales = fmt.codec.encode(x)
+        if isinstance(fmt.codec, IntegerCodec):
+            values, scales = fmt.codec.encode(x, feedback)
+        else:
+            values, scales = fmt.codec.encode(x)
         return values[..., :0], values, scales
     mask = survivor_mask(x, fmt.survivors)
     bit = 2 ** torch.arange(8, dtype=torch.uint8, device=x.device)
@@ -96,6 +102,9 @@ def pack(
     slot_mapping: torch.Tensor,
     pages: torch.Tensor,
     fmt: SparseFormat,
+    *,
+    key_feedback: torch.Tensor | None = None,
+    value_feedback: torch.Tensor | None = None,
 ) -> None:
     """Prune a step's keys and values and write them into their pages, in place.
 
@@ -106,12 +115,15 @@ def pack(
             padding; tokens beyond ``num_slots`` are padding too.
         pages: (num_blocks, num_kv_heads, block_size, token_bytes) uint8.
         fmt: the cache format.
+        key_feedback: (num_kv_heads, D, D) of whole integer keys, or None, see
+            :mod:`vllm_sparsekv.format.feedback`.
+        value_feedback: the same for values.
     """
     real = (slot_mapping >= 0).nonzero().squeeze(-1)
     slot = slot_mapping[real]
     block, offset = slot // pages.shape[2], slot % pages.shape[2]
-    packed_key = pack_vectors(key[real], fmt.key)
-    packed_value = pack_vectors(value[real], fmt.value)
+    packed_key = pack_vectors(key[real], fmt.key, key_feedback)
+    packed_value = pack_vectors(value[real], fmt.value, value_feedback)
     sections = fmt.sections(pages)
     for section, packed in zip(sections[0::2], packed_key, strict=True):
         section[block, :, offset] = packed

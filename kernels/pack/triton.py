@@ -3,6 +3,9 @@
 The k-th largest magnitude of a vector is built bit by bit from the top: a bit stays set when at
 least k magnitudes reach the candidate. Everything above the threshold survives, of those equal to
 it the first ones, as many as are missing.
+
+With feedback (:mod:`vllm_sparsekv.format.feedback`) a block of elements is rounded, its errors are
+multiplied with their rows of the matrix, and the next block follows.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_sparsekv.format.feedback import block_length
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.triton import (
     AUTO,
@@ -20,6 +24,7 @@ from vllm_sparsekv.kernels.triton import (
     encode_fp8,
     encode_int,
     int_scale,
+    nearest_int,
     vectors,
 )
 
@@ -33,16 +38,21 @@ def pack(
     slot_mapping: torch.Tensor,
     pages: torch.Tensor,
     fmt: SparseFormat,
+    *,
+    key_feedback: torch.Tensor | None = None,
+    value_feedback: torch.Tensor | None = None,
 ) -> None:
-    """As :func:`vllm_sparsekv.kernels.pack.reference.pack`, byte for byte the same pages."""
+    """As :func:`vllm_sparsekv.kernels.pack.reference.pack`, but for sums of feedback."""
     num_tokens = min(key.shape[0], slot_mapping.shape[0])
     if num_tokens == 0:
         return
-    _pack[triton.cdiv(num_tokens * key.shape[1], ROWS), 2](
+    _pack[triton.cdiv(num_tokens, ROWS), key.shape[1], 2](
         key.contiguous(),
         value.contiguous(),
         slot_mapping,
         pages,
+        None if key_feedback is None else key_feedback.contiguous(),
+        None if value_feedback is None else value_feedback.contiguous(),
         num_tokens,
         key.shape[1],
         pages.stride(0),
@@ -58,6 +68,7 @@ def pack_constants(fmt: SparseFormat, block_size: int) -> dict[str, Any]:
         "D": fmt.head_size,
         "BITS": fmt.dtype.itemsize * 8,
         "ROWS": ROWS,
+        "LENGTH": block_length(fmt.head_size),
         "K_SURVIVORS": fmt.key.survivors,
         "V_SURVIVORS": fmt.value.survivors,
         **vectors(fmt, block_size),
@@ -70,6 +81,8 @@ def _pack(
     value,
     slot_mapping,
     pages,
+    key_feedback,
+    value_feedback,
     num_tokens,
     num_heads,
     block_stride,
@@ -78,25 +91,45 @@ def _pack(
     D: tl.constexpr,
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
+    LENGTH: tl.constexpr,
     K_SURVIVORS: tl.constexpr,
     V_SURVIVORS: tl.constexpr,
     K: tl.constexpr,
     K2: tl.constexpr,
     V: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token = row // num_heads
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
-    tile = slot // BLOCK_SIZE * block_stride + row % num_heads * head_stride
+    tile = slot // BLOCK_SIZE * block_stride + head * head_stride
     page = pages + tl.where(slot >= 0, tile, 0)
     offset = (slot % BLOCK_SIZE).to(tl.int32)
-    source = row.to(tl.int64) * D
-    if tl.program_id(1) == 0:
-        _pack_rows(key + source, slot >= 0, page, offset, K, BITS, K_SURVIVORS)
+    source = (token.to(tl.int64) * num_heads + head) * D
+    if tl.program_id(2) == 0:
+        matrix = None if key_feedback is None else key_feedback + head * D * D
+        missing = _pack_rows(
+            key + source, slot >= 0, page, offset, matrix, None, K, BITS, K_SURVIVORS, LENGTH, D
+        )
         if K2 is not None:
-            _pack_rows(key + source + K[7], slot >= 0, page, offset, K2, BITS, K_SURVIVORS)
+            matrix = None if key_feedback is None else matrix + K[7] * (D + 1)
+            _pack_rows(
+                key + source + K[7],
+                slot >= 0,
+                page,
+                offset,
+                matrix,
+                missing,
+                K2,
+                BITS,
+                K_SURVIVORS,
+                LENGTH,
+                D,
+            )
     else:
-        _pack_rows(value + source, slot >= 0, page, offset, V, BITS, V_SURVIVORS)
+        matrix = None if value_feedback is None else value_feedback + head * D * D
+        _pack_rows(
+            value + source, slot >= 0, page, offset, matrix, None, V, BITS, V_SURVIVORS, LENGTH, D
+        )
 
 
 @triton.jit
@@ -105,19 +138,30 @@ def _pack_rows(
     real,
     page,
     offset,
+    matrix,
+    before,
     VECTORS: tl.constexpr,
     BITS: tl.constexpr,
     SURVIVORS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
-    """Prune and store vectors.
+    """Prune and store vectors, which may be a run of elements of longer ones.
 
     Args:
         source: (ROWS,) pointers to the vectors.
         real: (ROWS,) bool, the others are not stored.
         page: (ROWS,) pointers to uint8, the tile of the KV head in a block.
         offset: (ROWS,) int32, places of the tokens in their blocks.
+        matrix: pointer into the feedback matrix, at row and column of the first element, or None.
+        before: (ROWS, n) float32, what is missing of the run before, or None.
         VECTORS: as of :func:`vectors`.
         SURVIVORS: elements kept, of vectors with a bitmap; all are kept of others.
+        LENGTH: elements that are rounded together with feedback.
+        STRIDE: elements of a row of the matrix.
+
+    Returns:
+        (ROWS, D) float32, what the stored integers are missing, with a matrix.
     """
     CODEC: tl.constexpr = VECTORS[0]
     BITMAP_BYTES: tl.constexpr = VECTORS[2]
@@ -126,7 +170,9 @@ def _pack_rows(
     values = page + (VECTORS[3] + offset * VECTORS[4])
     element = tl.arange(0, PADDED)[None, :]
     x = tl.load(source[:, None] + element, mask=real[:, None] & (element < D), other=0)
+    ROWS: tl.constexpr = x.shape[0]
     wide = x.to(tl.float32)
+    missing = tl.zeros_like(wide)
     x = tl.where(wide == wide, x, float("nan"))  # one NaN
     integer: tl.constexpr = tl.int16 if BITS == 16 else tl.int32
     bits = x.to(integer, bitcast=True)
@@ -155,7 +201,21 @@ def _pack_rows(
         x = tl.where(magnitude == 0, 0.0, x.to(tl.float32))
         CODE_BITS: tl.constexpr = 6 - CODEC
         step, zero = int_scale(x, survives, CODE_BITS)
-        code = encode_int(x, step[:, None], zero[:, None], CODE_BITS)
+        target = x
+        if matrix is not None:
+            if before is not None:
+                target = _take_in(target, before, matrix - D * STRIDE, D, D, STRIDE)
+            for start in tl.static_range(0, D, LENGTH):
+                here = (element >= start) & (element < start + LENGTH)
+                error = tl.where(here, x - nearest_int(target, step, zero, CODE_BITS), 0.0)
+                missing += error
+                if start + LENGTH < D:
+                    # A dot takes 16 rows or more; those of other blocks meet zeros.
+                    GROUP: tl.constexpr = max(LENGTH, 16)
+                    group = tl.sum(error.reshape(ROWS, PADDED // GROUP, GROUP), axis=1)
+                    rows = matrix + start // GROUP * GROUP * STRIDE
+                    target = _take_in(target, group, rows, D - start // GROUP * GROUP, D, STRIDE)
+        code = encode_int(target, step[:, None], zero[:, None], CODE_BITS)
         if BITMAP_BYTES == 0:
             _store_all(values, code, real, D, PADDED, CODE_BITS)
         else:
@@ -163,6 +223,23 @@ def _pack_rows(
         scale = (step << 1 | zero).to(tl.uint16)
         scales = page + (VECTORS[5] + offset * VECTORS[6])
         tl.store(scales.to(tl.pointer_type(tl.uint16)), scale, mask=real)
+    return missing
+
+
+@triton.jit
+def _take_in(
+    target, missing, rows, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, STRIDE: tl.constexpr
+):
+    """Targets (ROWS, n) and what of earlier elements, (ROWS, m), the feedback adds to them.
+
+    Args:
+        rows: pointer into the matrix, at the row of the first of ``missing`` and the column of the
+            first target; HEIGHT rows and WIDTH columns from there on are theirs.
+    """
+    row = tl.arange(0, missing.shape[1])[:, None]
+    column = tl.arange(0, target.shape[1])[None, :]
+    part = tl.load(rows + row * STRIDE + column, mask=(row < HEIGHT) & (column < WIDTH), other=0)
+    return target + tl.dot(missing, part.to(tl.float32), input_precision="ieee")
 
 
 @triton.jit

@@ -7,12 +7,13 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
-constexpr int CHANGE_ROWS = 4 * PRODUCT_ROWS;  // rows that share the loads of a matrix
+constexpr int CHANGE_ROWS = PACK_ROWS;  // rows that share the loads of a matrix
 
 // Mirrors calls.StepCall.
 struct StepCall {
     AttentionCall attention;  // query, key and value of the model; the key is nullptr where `kept` are read
     Change key_change, query_change, value_change;
+    Feedback key_feedback, value_feedback;
     const int64_t* slot_mapping;
     int64_t num_slots;
     uint8_t *kept_key, *kept_value;  // (num_tokens, num_kv_heads, head_size), or nullptr: of nobody else
@@ -60,10 +61,12 @@ class Step {
         const auto token = [&](int i) { return first + i; };
         if ((block - query_blocks_) % 2 == 0) {
             change(key_, head, count, token);
-            pack(call_.key, call_.key_stride, layout_.key, &Tile<uint8_t>::key, head, first, count);
+            pack(call_.key, call_.key_stride, layout_.key, &Tile<uint8_t>::key, step_.key_feedback, head,
+                 first, count);
         } else {
             change(value_, head, count, token);
-            pack(call_.value, call_.value_stride, layout_.value, &Tile<uint8_t>::value, head, first, count);
+            pack(call_.value, call_.value_stride, layout_.value, &Tile<uint8_t>::value,
+                 step_.value_feedback, head, first, count);
         }
     }
 
@@ -132,16 +135,14 @@ class Step {
     }
 
     void pack(const uint8_t* rows, int64_t stride, const VectorLayout& vector,
-              Section<uint8_t> Tile<uint8_t>::*section, int head, int64_t first, int count) const {
-        for (int64_t token = first; token < last(first, count, step_.num_slots); ++token) {
-            const int64_t slot = step_.slot_mapping[token];
-            if (slot < 0) continue;
-            uint8_t* pages = const_cast<uint8_t*>(call_.pages);
-            const Tile<uint8_t> tile(pages + slot / call_.block_size * call_.page_stride + head * call_.page_head_stride,
-                                     call_.block_size, layout_);
-            pack_row(rows + (token * stride + int64_t(head) * size_) * layout_.element_bytes(), layout_, vector,
-                     tile.*section, static_cast<int>(slot % call_.block_size));
-        }
+              Section<uint8_t> Tile<uint8_t>::*section, const Feedback& feedback, int head, int64_t first,
+              int count) const {
+        const int64_t element = first * stride + int64_t(head) * size_;
+        uint8_t* pages = const_cast<uint8_t*>(call_.pages) + head * call_.page_head_stride;
+        pack_rows({rows + element * layout_.element_bytes(), stride, step_.slot_mapping + first, pages,
+                   call_.page_stride, call_.block_size},
+                  static_cast<int>(last(first, count, step_.num_slots) - first), layout_, vector, section, feedback,
+                  head);
     }
 
     const StepCall& step_;

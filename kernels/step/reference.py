@@ -104,7 +104,15 @@ def step(
         key, value = kept
     else:
         key, value = basis.stored_key(key), basis.stored_value(value)
-        operations.pack(key, value, batch.slot_mapping, pages, fmt)
+        operations.pack(
+            key,
+            value,
+            batch.slot_mapping,
+            pages,
+            fmt,
+            key_feedback=basis.key_feedback,
+            value_feedback=basis.value_feedback,
+        )
         if kept is not None:
             kept[0].copy_(key)
             kept[1].copy_(value)

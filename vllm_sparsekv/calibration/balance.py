@@ -15,7 +15,7 @@ import torch
 from vllm_sparsekv.calibration.moments import Moments
 from vllm_sparsekv.format.basis import LayerBasis
 
-METHOD = "1"
+METHOD = "2"
 """Of everything that decides what a basis is: the text, the moments, the balance."""
 
 RIDGE = 3e-2
@@ -26,6 +26,9 @@ A few huge directions, as key biases make, say nothing about how well the others
 
 LARGEST_CONDITION = 1e4
 """Of a matrix: the ratio of its largest to its smallest singular value."""
+
+SMALLEST_READER = 1e-6
+"""Of what reads a coordinate, in units of the one that is read most."""
 
 
 def layer_basis(moments: Moments, centred: bool) -> LayerBasis:
@@ -39,11 +42,15 @@ def layer_basis(moments: Moments, centred: bool) -> LayerBasis:
     """
     key_mean, key = _about_mean(moments.key, moments.key_sum, moments.key_weight, centred)
     value_mean, value = _about_mean(moments.value, moments.value_sum, moments.value_weight, centred)
+    key_basis = balanced_basis(key, moments.query)
+    value_basis = balanced_basis(value, moments.output)
     return LayerBasis(
-        key=balanced_basis(key, moments.query),
-        value=balanced_basis(value, moments.output),
+        key=key_basis,
+        value=value_basis,
         key_mean=key_mean,
         value_mean=value_mean,
+        key_reader=reader_of(key_basis, moments.query),
+        value_reader=reader_of(value_basis, moments.output),
     )
 
 
@@ -87,6 +94,18 @@ def balanced_basis(stored: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
     balanced = axes @ torch.diag_embed(stretch / _geometric_mean(stretch)) @ axes.mT
     _, principal = torch.linalg.eigh(balanced @ stored @ balanced)
     return balanced @ principal.flip(-1)
+
+
+def reader_of(basis: torch.Tensor, reader: torch.Tensor) -> torch.Tensor:
+    """How much each coordinate of a balanced basis is read, (num_kv_heads, D), positive.
+
+    In such a basis that is all of the reader's moment; the smallest ones, of which little is known,
+    are raised to :data:`SMALLEST_READER` of the largest.
+    """
+    inverse = torch.linalg.inv(basis)
+    moment = (inverse @ _with_ridge(reader) @ inverse.mT).diagonal(dim1=-2, dim2=-1)
+    moment = moment / moment.amax(-1, keepdim=True)
+    return moment.clamp_min(SMALLEST_READER)
 
 
 def _power(matrix: torch.Tensor, exponent: float) -> torch.Tensor:

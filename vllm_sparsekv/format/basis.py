@@ -15,6 +15,9 @@ all scores of a query are less by the same ``q . m``, which softmax does not see
 key it covers is stored so: those of the window and of the step are. With values stored as
 ``(v - m) F`` the output is ``o F^-1 + m``, as weights add up to 1. Neither holds where attention
 has sinks, nor the first where it caps scores: means are 0 there.
+
+How much what reads a vector depends on each of its elements is part of a calibrated basis. Whole
+integer vectors are rounded by it, see :mod:`vllm_sparsekv.format.feedback`.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_sparsekv.format.feedback import feedback_matrix
 from vllm_sparsekv.format.layout import SparseFormat, VectorFormat
 
 
@@ -40,6 +44,10 @@ class LayerBasis(NamedTuple):
     """(num_kv_heads, D)"""
     value_mean: torch.Tensor
     """(num_kv_heads, D)"""
+    key_reader: torch.Tensor
+    """(num_kv_heads, D), positive: what an error of each element of a key does to scores."""
+    value_reader: torch.Tensor
+    """(num_kv_heads, D), positive: what an error of each element of a value does to outputs."""
 
     def of_heads(self, heads: slice) -> LayerBasis:
         """The same of some of the KV heads."""
@@ -59,6 +67,9 @@ class Basis:
         output: what the attention output is multiplied with.
         key_mean: what is taken off keys before that.
         value_mean: what is taken off values before that, and added to the output after it.
+        key_feedback: how rounding keys passes errors on, (num_kv_heads, D, D), see
+            :mod:`vllm_sparsekv.format.feedback`.
+        value_feedback: the same for values.
     """
 
     key: torch.Tensor | None = None
@@ -67,6 +78,8 @@ class Basis:
     output: torch.Tensor | None = None
     key_mean: torch.Tensor | None = None
     value_mean: torch.Tensor | None = None
+    key_feedback: torch.Tensor | None = None
+    value_feedback: torch.Tensor | None = None
 
     @classmethod
     @cache
@@ -104,6 +117,10 @@ class Basis:
         dtype, mean_dtype = (torch.float16, torch.float32) if on_cpu else (fmt.dtype, fmt.dtype)
         key, to_query = _calibrated(fmt.key, layer.key, device, dtype)
         value, output = _calibrated(fmt.value, layer.value, device, dtype)
+        feedback = (
+            _feedback(fmt.key, layer.key_reader, device, dtype),
+            _feedback(fmt.value, layer.value_reader, device, dtype),
+        )
         means = (
             mean.to(fmt.dtype).to(device, mean_dtype)
             if vector.codec.integer and mean.any()
@@ -111,7 +128,12 @@ class Basis:
             for vector, mean in ((fmt.key, layer.key_mean), (fmt.value, layer.value_mean))
         )
         return cls(
-            key, None if to_query is None else to_query.mT.contiguous(), value, output, *means
+            key,
+            None if to_query is None else to_query.mT.contiguous(),
+            value,
+            output,
+            *means,
+            *feedback,
         )
 
     def stored_key(self, key: torch.Tensor) -> torch.Tensor:
@@ -139,12 +161,30 @@ def _calibrated(
         return None, None
     forward = matrices.double()
     if vector.rotated:
-        bands = vector.codec.bands
-        band = rotation(vector.head_size // bands)[0].double()
-        forward = forward @ torch.block_diag(*[band] * bands)
+        forward = forward @ _rotation_of_bands(vector)[0]
     forward = forward.to(dtype)
     inverse = torch.linalg.inv(forward.double()).to(dtype)
     return forward.to(device), inverse.to(device)
+
+
+def _feedback(
+    vector: VectorFormat, reader: torch.Tensor, device: torch.device | str, dtype: torch.dtype
+) -> torch.Tensor | None:
+    """Of whole integer vectors; elements of a basis that is not rotated are read independently."""
+    if not (vector.codec.integer and vector.rotated):
+        return None
+    _, inverse = _rotation_of_bands(vector)
+    return feedback_matrix(inverse @ reader.double().diag_embed() @ inverse.mT).to(device, dtype)
+
+
+def _rotation_of_bands(vector: VectorFormat) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of a calibrated vector's bands each by itself, (D, D) float64, and its inverse."""
+    bands = vector.codec.bands
+    forward, inverse = rotation(vector.head_size // bands)
+    return (
+        torch.block_diag(*[forward.double()] * bands),
+        torch.block_diag(*[inverse.double()] * bands),
+    )
 
 
 def change(

@@ -1,9 +1,10 @@
 """The file of calibrated bases that ``sparsekv-calibrate`` writes, in safetensors format.
 
-It holds four float32 tensors for each calibrated decoder layer (:class:`LayerBasis`):
+It holds six float32 tensors for each calibrated decoder layer (:class:`LayerBasis`):
 ``layers.<index>.key`` and ``.value``, (num_kv_heads, D, D), what the post-RoPE keys and the values
-of each KV head are multiplied with, and ``.key_mean`` and ``.value_mean``, (num_kv_heads, D), what
-is taken off them before. The header's metadata say what it is for.
+of each KV head are multiplied with, ``.key_mean`` and ``.value_mean``, (num_kv_heads, D), what is
+taken off them before, and ``.key_reader`` and ``.value_reader``, (num_kv_heads, D), how much what
+reads them depends on each element. The header's metadata say what it is for.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ from safetensors.torch import save
 from vllm_sparsekv.format.basis import LayerBasis
 
 KIND = "vllm_sparsekv basis"
-VERSION = "3"
+VERSION = "4"
 LARGEST_SIZE = 200.0
 """Of a singular value, and 1 / it the smallest: calibration keeps within half of that."""
+
+LARGEST_RATIO = 1e8
+"""Of what reads the elements of a vector."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,12 @@ class BasisFile:
                 wrong = f"is {tensor.dtype}, must be torch.float32"
             elif not tensor.isfinite().all():
                 wrong = "holds NaN or infinity"
+            elif name.endswith("_reader"):
+                if tensor.min() < 1 / LARGEST_RATIO * tensor.max() or tensor.min() <= 0:
+                    wrong = (
+                        f"holds {tensor.min():.3g} to {tensor.max():.3g}, must be positive and "
+                        f"within a ratio of {LARGEST_RATIO:g}"
+                    )
             elif tensor.ndim == 3:
                 sizes = torch.linalg.svdvals(tensor)
                 if sizes.min() < 1 / LARGEST_SIZE or sizes.max() > LARGEST_SIZE:
@@ -180,4 +190,4 @@ def _names(layer: int) -> list[str]:
 
 def _shapes(num_kv_heads: int, head_size: int) -> list[tuple[int, ...]]:
     matrix, mean = (num_kv_heads, head_size, head_size), (num_kv_heads, head_size)
-    return [matrix, matrix, mean, mean]
+    return [matrix, matrix, mean, mean, mean, mean]

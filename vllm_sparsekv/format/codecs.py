@@ -14,6 +14,8 @@ from typing import ClassVar
 
 import torch
 
+from vllm_sparsekv.format.feedback import round_with_feedback
+
 
 @dataclass(frozen=True)
 class Codec:
@@ -93,7 +95,46 @@ def _fp8_table(device: torch.device) -> torch.Tensor:
     return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
 
 
-class IntCodec(Codec):
+class IntegerCodec(Codec):
+    """Integers in one or more runs of elements with a scale each."""
+
+    integer = True
+
+    def runs(self) -> tuple[IntCodec, ...]:
+        """The codecs of the runs, which are of one length."""
+        raise NotImplementedError
+
+    def encode(
+        self, values: torch.Tensor, feedback: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(..., k) floats -> (..., k * bits / 8) uint8 and (..., scale_bytes) uint8.
+
+        Args:
+            values: with feedback (..., num_kv_heads, D), whole vectors.
+            feedback: (num_kv_heads, D, D), see :mod:`vllm_sparsekv.format.feedback`; scales do not
+                depend on it.
+        """
+        values, codecs = values.float(), self.runs()
+        runs = values.chunk(len(codecs), dim=-1)
+        found = [codec.scale(run) for codec, run in zip(codecs, runs, strict=True)]
+        step, zero, largest = (
+            torch.cat([x.expand_as(run) for x, run in zip(parts, runs, strict=True)], dim=-1)
+            for parts in (
+                [step for _, step, _ in found],
+                [zero for _, _, zero in found],
+                [values.new_tensor(2**codec.bits - 1) for codec in codecs],
+            )
+        )
+        codes = round_with_feedback(values, step, zero, largest, feedback).int()
+        packed = [
+            codec.join(run)
+            for codec, run in zip(codecs, codes.chunk(len(codecs), dim=-1), strict=True)
+        ]
+        scales = [scale.view(torch.uint8) for scale, _, _ in found]
+        return torch.cat(packed, dim=-1), torch.cat(scales, dim=-1)
+
+
+class IntCodec(IntegerCodec):
     """Asymmetric b-bit integers: value = step * (code - zero), 2 bytes of scale a vector.
 
     Codes 0 .. 2 ** b - 1 form a little-endian bit stream: code i is bits b * i .. b * i + b - 1,
@@ -118,12 +159,13 @@ class IntCodec(Codec):
 
     steps: ClassVar[float]
     scale_bytes = 2
-    integer = True
 
-    def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(..., k) floats -> (..., k * bits / 8) uint8 and (..., 2) uint8."""
+    def runs(self) -> tuple[IntCodec, ...]:
+        return (self,)
+
+    def scale(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(..., k) float32 -> (..., 1) uint16, and float32 step and zero, the latter in codes."""
         largest, units = 2**self.bits - 1, 2 ** (7 - self.bits)
-        values = values.float()
         low, high = values.aminmax(dim=-1, keepdim=True)
         low, high = low.clamp_max(0), high.clamp_min(0)
         step = ((high - low) / self.steps).half()
@@ -132,18 +174,16 @@ class IntCodec(Codec):
         step = step_bits.to(torch.int16).view(torch.float16).float()
         zero = units * largest / 2 - units / 2 * (low + high) / step
         zero = zero.nan_to_num(0, 0, 0).round().clamp(0, 127)
-        codes = (values / step + zero / units).nan_to_num(0).round().clamp(0, largest).int()
-        scale = (step_bits << 1 | zero.int()).to(torch.uint16)
-        return self._join(codes), scale.view(torch.uint8)
+        return (step_bits << 1 | zero.int()).to(torch.uint16), step, zero / units
 
     def decode(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """(..., k * bits / 8) and (..., 2) uint8 -> (..., k) float32."""
         scale = scales.contiguous().view(torch.uint16).int()
         step = (scale >> 1 & 0x7FC0).to(torch.int16).view(torch.float16).float()
         zero = (scale & 127) / 2 ** (7 - self.bits)
-        return self._split(packed).float().mul_(step).sub_(step * zero)
+        return self.split(packed).float().mul_(step).sub_(step * zero)
 
-    def _join(self, codes: torch.Tensor) -> torch.Tensor:
+    def join(self, codes: torch.Tensor) -> torch.Tensor:
         """(..., k) int32 -> (..., k * bits / 8) uint8, as few whole bytes at a time as can be."""
         size = math.lcm(8, self.bits)
         word = sum(
@@ -151,8 +191,8 @@ class IntCodec(Codec):
         )
         return torch.stack([word >> shift for shift in range(0, size, 8)], -1).flatten(-2).byte()
 
-    def _split(self, packed: torch.Tensor) -> torch.Tensor:
-        """The inverse of ``_join``."""
+    def split(self, packed: torch.Tensor) -> torch.Tensor:
+        """The inverse of :meth:`join`."""
         size = math.lcm(8, self.bits)
         if size > 8:
             packed = sum(packed[..., i :: size // 8].int() << 8 * i for i in range(size // 8))
@@ -187,7 +227,7 @@ class Int2Codec(IntCodec):
     steps = 3.5
 
 
-class Int4Int2Codec(Codec):
+class Int4Int2Codec(IntegerCodec):
     """3 bits on average: the first half of the elements int4, then the second half int2.
 
     In a calibrated basis the first half of a key's elements holds nearly all that its scores depend
@@ -197,23 +237,23 @@ class Int4Int2Codec(Codec):
     name = "int4_int2"
     bits = 3
     scale_bytes = 4
-    integer = True
     whole_only = True
     bands = 2
 
-    def encode(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(..., k) floats -> (..., k * 3 / 8) uint8 and (..., 4) uint8."""
-        first, second = values.chunk(2, dim=-1)
-        encoded = Int4Codec(self.dtype).encode(first), Int2Codec(self.dtype).encode(second)
-        packed, scales = (torch.cat(parts, dim=-1) for parts in zip(*encoded, strict=True))
-        return packed, scales
+    def runs(self) -> tuple[IntCodec, ...]:
+        return Int4Codec(self.dtype), Int2Codec(self.dtype)
 
     def decode(self, packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """(..., k * 3 / 8) and (..., 4) uint8 -> (..., k) float32."""
         third = packed.shape[-1] // 3
-        first = Int4Codec(self.dtype).decode(packed[..., : 2 * third], scales[..., :2])
-        second = Int2Codec(self.dtype).decode(packed[..., 2 * third :], scales[..., 2:])
-        return torch.cat([first, second], dim=-1)
+        first, second = self.runs()
+        return torch.cat(
+            [
+                first.decode(packed[..., : 2 * third], scales[..., :2]),
+                second.decode(packed[..., 2 * third :], scales[..., 2:]),
+            ],
+            dim=-1,
+        )
 
 
 CODECS: dict[str, type[Codec]] = {
