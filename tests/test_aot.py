@@ -186,6 +186,20 @@ def test_other_shapes_do_not_spill_with_options(cache, head_size, rows, block_si
 def test_pack_does_not_spill(capability, cache):
     fmt = cache_format(cache)
     pointers = {"key": "*bf16", "value": "*bf16", "slot_mapping": "*i64", "pages": "*u8"}
+    constants = {"key_feedback": None, "value_feedback": None} | pack_constants(fmt, 64)
+    _, stack = sass.resources(pack._pack, pointers, constants, capability, 4)
+    assert stack == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "key", "head_size"),
+    [(80, "int4", 64), (90, "int4_int2", 128)],
+)
+def test_pack_with_feedback_does_not_spill(capability, key, head_size):
+    config = SparseKVConfig(0.0, 0.0, key, "int3", 64, "any")
+    fmt = SparseFormat.from_config(config, head_size, torch.bfloat16)
+    model = ("key", "value", "key_feedback", "value_feedback")
+    pointers = dict.fromkeys(model, "*bf16") | {"slot_mapping": "*i64", "pages": "*u8"}
     _, stack = sass.resources(pack._pack, pointers, pack_constants(fmt, 64), capability, 4)
     assert stack == 0
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from vllm_sparsekv.calibration import balance as balancing
-from vllm_sparsekv.calibration.balance import balance, balanced_basis, layer_basis
+from vllm_sparsekv.calibration.balance import balance, balanced_basis, layer_basis, reader_of
 from vllm_sparsekv.calibration.moments import Moments, head_grams
 from vllm_sparsekv.format.basis import Basis, LayerBasis, change, kv_heads_of_rank
-from vllm_sparsekv.format.basis_file import BasisFile, write_basis
+from vllm_sparsekv.format.basis_file import VERSION, BasisFile, write_basis
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 from vllm_sparsekv.settings import SparseKVConfig
@@ -71,6 +71,17 @@ def test_balanced_basis_sorts_coordinates_and_is_well_conditioned():
     assert (ratio / ratio.mean() - 1).abs().max() < 0.5
     assert torch.linalg.det(matrices).abs().sub(1).abs().max() < 1e-9
     assert torch.linalg.cond(matrices).max() < 10
+
+
+def test_readers_of_a_balanced_basis_are_all_of_their_moment():
+    key, query = moments(1), moments(2)
+    matrices = balanced_basis(key, query)
+    reader = reader_of(matrices, query)
+    inverse = torch.linalg.inv(matrices)
+    moment = inverse @ query @ inverse.mT
+    scale = moment.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
+    assert (moment / scale[..., None] - reader.diag_embed()).abs().max() < 0.05
+    assert (reader.amax(-1) == 1).all() and (reader > 0).all()
 
 
 def test_condition_is_capped():
@@ -201,14 +212,15 @@ def test_files_of_others_are_refused(tmp_path):
         BasisFile.open(path)
     header = {"kind": "vllm_sparsekv basis", "version": "2"}
     save_file({"x": torch.zeros(1)}, path, header)
-    with pytest.raises(ValueError, match=f"{wanted} of version 3, this is version 2"):
+    with pytest.raises(ValueError, match=f"{wanted} of version 4, this is version 2"):
         BasisFile.open(path)
-    header |= {"version": "3", "model": "m"}
+    header |= {"version": VERSION, "model": "m"}
     save_file({"x": torch.zeros(1)}, path, header)
     with pytest.raises(ValueError, match=f"{wanted}, its metadata have no number 'num_layers'"):
         BasisFile.open(path)
     eyes = {f"layers.0.{kind}": torch.eye(SIZE)[None] for kind in ("key", "value")}
-    means = {f"layers.0.{kind}_mean": torch.zeros(1, SIZE) for kind in ("key", "value")}
+    names = ("key_mean", "value_mean", "key_reader", "value_reader")
+    means = {f"layers.0.{kind}": torch.ones(1, SIZE) for kind in names}
     header |= {"num_layers": "1"}
     wrong = [{"x": torch.zeros(1)}, eyes, eyes | means | {"layers.0.value": torch.eye(8)[None]}]
     for tensors in wrong:
@@ -234,6 +246,16 @@ def test_matrices_that_would_spoil_the_cache_are_refused(tmp_path, spoil, messag
     spoil(layers[2].value)
     write_basis(path, layers, 3, "a-model")
     with pytest.raises(ValueError, match=rf"basis='.*': layers\.2\.value {message}"):
+        BasisFile.open(path).check()
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-9])
+def test_readers_that_are_not_positive_are_refused(tmp_path, value):
+    path = tmp_path / "basis.safetensors"
+    layers = some_layers()
+    layers[2].key_reader[1, 3] = value
+    write_basis(path, layers, 3, "a-model")
+    with pytest.raises(ValueError, match=r"layers\.2\.key_reader holds \S+ to 1, must be positive"):
         BasisFile.open(path).check()
 
 

@@ -106,18 +106,28 @@ def _pack(
     offset = (slot % BLOCK_SIZE).to(tl.int32)
     source = (token.to(tl.int64) * num_heads + head) * D
     if tl.program_id(2) == 0:
-        matrix = None if key_feedback is None else key_feedback + head * D * D
         missing = _pack_rows(
-            key + source, slot >= 0, page, offset, matrix, None, K, BITS, K_SURVIVORS, LENGTH, D
+            key + source,
+            slot >= 0,
+            page,
+            offset,
+            key_feedback,
+            head * D * D,
+            None,
+            K,
+            BITS,
+            K_SURVIVORS,
+            LENGTH,
+            D,
         )
         if K2 is not None:
-            matrix = None if key_feedback is None else matrix + K[7] * (D + 1)
             _pack_rows(
                 key + source + K[7],
                 slot >= 0,
                 page,
                 offset,
-                matrix,
+                key_feedback,
+                head * D * D + K[7] * (D + 1),
                 missing,
                 K2,
                 BITS,
@@ -126,9 +136,19 @@ def _pack(
                 D,
             )
     else:
-        matrix = None if value_feedback is None else value_feedback + head * D * D
         _pack_rows(
-            value + source, slot >= 0, page, offset, matrix, None, V, BITS, V_SURVIVORS, LENGTH, D
+            value + source,
+            slot >= 0,
+            page,
+            offset,
+            value_feedback,
+            head * D * D,
+            None,
+            V,
+            BITS,
+            V_SURVIVORS,
+            LENGTH,
+            D,
         )
 
 
@@ -138,7 +158,8 @@ def _pack_rows(
     real,
     page,
     offset,
-    matrix,
+    feedback,
+    corner,
     before,
     VECTORS: tl.constexpr,
     BITS: tl.constexpr,
@@ -153,7 +174,8 @@ def _pack_rows(
         real: (ROWS,) bool, the others are not stored.
         page: (ROWS,) pointers to uint8, the tile of the KV head in a block.
         offset: (ROWS,) int32, places of the tokens in their blocks.
-        matrix: pointer into the feedback matrix, at row and column of the first element, or None.
+        feedback: pointer to the matrices, or None.
+        corner: where in them row and column of the first element meet.
         before: (ROWS, n) float32, what is missing of the run before, or None.
         VECTORS: as of :func:`vectors`.
         SURVIVORS: elements kept, of vectors with a bitmap; all are kept of others.
@@ -161,7 +183,7 @@ def _pack_rows(
         STRIDE: elements of a row of the matrix.
 
     Returns:
-        (ROWS, D) float32, what the stored integers are missing, with a matrix.
+        (ROWS, D) float32, what the stored integers are missing, with feedback.
     """
     CODEC: tl.constexpr = VECTORS[0]
     BITMAP_BYTES: tl.constexpr = VECTORS[2]
@@ -202,7 +224,10 @@ def _pack_rows(
         CODE_BITS: tl.constexpr = 6 - CODEC
         step, zero = int_scale(x, survives, CODE_BITS)
         target = x
-        if matrix is not None:
+        if feedback is not None:
+            matrix = feedback + corner
+            # A dot takes 16 rows or more; those of other blocks meet zeros.
+            GROUP: tl.constexpr = max(LENGTH, 16)
             if before is not None:
                 target = _take_in(target, before, matrix - D * STRIDE, D, D, STRIDE)
             for start in tl.static_range(0, D, LENGTH):
@@ -210,8 +235,6 @@ def _pack_rows(
                 error = tl.where(here, x - nearest_int(target, step, zero, CODE_BITS), 0.0)
                 missing += error
                 if start + LENGTH < D:
-                    # A dot takes 16 rows or more; those of other blocks meet zeros.
-                    GROUP: tl.constexpr = max(LENGTH, 16)
                     group = tl.sum(error.reshape(ROWS, PADDED // GROUP, GROUP), axis=1)
                     rows = matrix + start // GROUP * GROUP * STRIDE
                     target = _take_in(target, group, rows, D - start // GROUP * GROUP, D, STRIDE)

@@ -75,7 +75,12 @@ void run_batch(const Shape& shape) {
         }
     }
     Array<float> sinks(heads), means(kv_heads * shape.head_size);
-    Array<Float16> matrices(size_t(kv_heads) * shape.head_size * shape.head_size);
+    const int64_t square = int64_t(shape.head_size) * shape.head_size;
+    Array<Float16> matrices(kv_heads * square);
+    const auto feedback_of = [&](const VectorLayout& vector) {
+        const bool takes = is_integer(vector.storage) && vector.survivors == shape.head_size;
+        return takes ? Feedback{matrices, square, shape.head_size < 128 ? 8 : shape.head_size / 8} : Feedback{};
+    };
 
     Array<uint8_t> pages(num_blocks * kv_heads * tile);
     const int64_t slot_tile = int64_t(slots) * layout.slot_bytes();
@@ -99,7 +104,8 @@ void run_batch(const Shape& shape) {
             }
         const int64_t stride = int64_t(kv_heads) * shape.head_size;
         const PackCall pack{key, value, pages, slot, stride, stride, kv_heads * tile, tile, tokens,
-                            kv_heads, shape.block_size, shape.threads, layout};
+                            kv_heads, shape.block_size, shape.threads, layout,
+                            feedback_of(shape.key), feedback_of(shape.value)};
         if (!attend || !shape.fused) SPARSEKV_KERNEL(pack)(&pack);
         if (attend) {
             const int64_t query_stride = int64_t(heads) * shape.head_size;
@@ -110,9 +116,9 @@ void run_batch(const Shape& shape) {
                 shape.block_size, slots, ring_blocks, shape.threads, shape.sliding_window, 0.1f, shape.soft_cap, {},
                 layout};
             if (shape.fused) {
-                const Change change{matrices, means, int64_t(shape.head_size) * shape.head_size};
-                const StepCall step{call, change, {matrices, nullptr, 0}, change, slot, tokens, nullptr, nullptr,
-                                    shape.window != 0};
+                const Change change{matrices, means, square};
+                const StepCall step{call, change, {matrices, nullptr, 0}, change, feedback_of(shape.key),
+                                    feedback_of(shape.value), slot, tokens, nullptr, nullptr, shape.window != 0};
                 return SPARSEKV_KERNEL(step)(&step);
             }
             SPARSEKV_KERNEL(attention)(&call);

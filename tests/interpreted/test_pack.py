@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import REFERENCE, assert_same_bytes, build_case
 from ragged import RAGGED_MATRIX, WHOLE_MATRIX
 
+from vllm_sparsekv.format.feedback import feedback_matrix
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.pack.triton import pack
 from vllm_sparsekv.settings import SparseKVConfig
@@ -104,3 +107,23 @@ def test_ragged_matrix(spec):
     ours.write_step(TRITON)
     reference.write_step()
     assert_same_bytes(ours.pages, reference.pages)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [64, 96, 128, 256])
+@pytest.mark.parametrize("key", ["int4", "int4_int2"])
+def test_feedback(key, size, dtype):
+    """Of random vectors all but those next to a tie, which sums decide."""
+    config = SparseKVConfig(0.0, 0.0, key, "int3", 0, basis="any")
+    fmt = SparseFormat.from_config(config, size, dtype)
+    x = awkward_vectors(size, dtype)
+    x[14, 0, 3] = torch.nan
+    generator = torch.Generator().manual_seed(size)
+    moment = torch.randn(2, 4 * size, size, dtype=torch.float64, generator=generator)
+    moment *= torch.logspace(0, -2, size, dtype=torch.float64)
+    feedback = dict.fromkeys(
+        ("key_feedback", "value_feedback"), feedback_matrix(moment.mT @ moment).to(torch.bfloat16)
+    )
+    pages = [packed(partial(p, **feedback), x, fmt) for p in (pack, REFERENCE.pack)]
+    plain = packed(REFERENCE.pack, x, fmt)
+    assert (pages[0] != pages[1]).sum() <= 8 < (plain != pages[1]).sum()
