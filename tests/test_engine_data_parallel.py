@@ -13,9 +13,6 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
-# Ranks have processes of their own all the same, with the workers in them.
-pytestmark = pytest.mark.usefixtures("engines_in_process")
-
 LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 RANKS = 2
 MAX_TOKENS = 16
