@@ -128,6 +128,10 @@ def model_folder(tmp_path: Path, **config: Any) -> Path:
             {"disable_hybrid_kv_cache_manager": True},
             r"disable_hybrid_kv_cache_manager=True: must be False",
         ),
+        (
+            {"enable_sleep_mode": True},
+            r"Sleep mode is not supported on current platform",  # vLLM says so itself on CPUs
+        ),
     ],
 )
 def test_bad_settings(options: dict[str, Any], message: str) -> None:

@@ -103,7 +103,7 @@ def step(
 
 
 @pytest.mark.parametrize("sliding_window", [None, 1024])
-@pytest.mark.parametrize("query_len", [1, 4])
+@pytest.mark.parametrize("query_len", range(1, 9))
 @pytest.mark.parametrize("requests", [1, 7, 64, 512])
 def test_launches_follow_from_shapes_alone(launches, requests, query_len, sliding_window):
     step(requests, query_len, sliding_window=sliding_window)

@@ -6,8 +6,10 @@ import json
 import random
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import models
 import pytest
@@ -15,7 +17,9 @@ import torch
 from engines import MODEL, assert_close, engine, first_logprobs, generate, texts
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
+from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
+from vllm.platforms.cpu import CpuPlatform
 from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
@@ -24,10 +28,25 @@ LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 VOCABULARY = 49152
 """Of the tokenizer, which structured output needs."""
 LOGPROB_ERROR = 2e-3
+ROUNDING = 1e-4
+"""Of sums in another order, where an engine's kernels share work out by the size of the batch."""
 BLOCKS = 32
 """Of the pool of who serves one request at a time."""
 RANK = 8
 """Of the adapter."""
+
+
+@contextmanager
+def asynchronous() -> Iterator[None]:
+    """Have engines schedule ahead of their answers, which vLLM's CPU platform switches off."""
+    check = CpuPlatform.check_and_update_config
+
+    def check_all_but(config: VllmConfig) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    with mock.patch.object(CpuPlatform, "check_and_update_config", check_all_but):
+        yield
 
 
 def start(model: Path, settings: dict[str, Any] | None, **options: Any) -> Any:
@@ -80,7 +99,9 @@ def adapter(model: Path, tmp_path_factory: pytest.TempPathFactory) -> LoRAReques
 
 @pytest.fixture(scope="module")
 def sparse(model: Path) -> Iterator[LLM]:
-    with start(model, LOSSLESS, max_num_seqs=128) as llm:
+    with ExitStack() as running:
+        with asynchronous():
+            llm = running.enter_context(start(model, LOSSLESS, max_num_seqs=128))
         yield llm
 
 
@@ -190,10 +211,28 @@ def test_reset_prefix_cache(sparse: LLM, dense: LLM) -> None:
 def test_one_request_at_a_time_and_many(sparse: LLM, one_at_a_time: LLM, dense: LLM) -> None:
     crowd = prompts(130, 30)
     expected = texts(generate(dense, crowd, 6))
-    for llm, count, seqs in ((sparse, 130, 128), (one_at_a_time, 20, 1)):
+    for llm, count, seqs, ahead in ((sparse, 130, 128, True), (one_at_a_time, 20, 1, False)):
         scheduler = llm.llm_engine.vllm_config.scheduler_config
-        assert (scheduler.max_num_seqs, scheduler.async_scheduling) == (seqs, False)
+        assert (scheduler.max_num_seqs, scheduler.async_scheduling) == (seqs, ahead)
         assert texts(generate(llm, crowd[:count], 6)) == expected[:count]
+
+
+def test_a_prompt_alone_and_among_others(sparse: LLM, dense: LLM) -> None:
+    """Its log-probabilities differ by no more than the dense engine's, rounding apart."""
+    crowd = prompts(16, 120)
+
+    def moved(llm: LLM) -> float:
+        assert llm.reset_prefix_cache()
+        together = generate(llm, crowd, 1, logprobs=20)
+        assert llm.reset_prefix_cache()
+        alone = [generate(llm, [tokens], 1, logprobs=20)[0] for tokens in crowd]
+        return max(
+            abs(first_logprobs(one)[token] - logprob)
+            for one, other in zip(alone, together, strict=True)
+            for token, logprob in first_logprobs(other).items()
+        )
+
+    assert moved(sparse) <= moved(dense) + ROUNDING
 
 
 def test_an_adapter(sparse: LLM, dense: LLM, adapter: LoRARequest) -> None:

@@ -25,7 +25,6 @@ from vllm_sparsekv.format.basis_file import BasisFile, write_basis
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
 SECONDS = 900
-LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +48,9 @@ def basis(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def settings(basis: Path) -> dict[str, dict[str, Any]]:
-    """Of sparsity 0: exact, and quantised in the basis."""
-    return {
-        "exact": LOSSLESS,
-        "calibrated": {"preset": "quality", "window": 24, "basis": str(basis)},
-    }
+def settings(basis: Path) -> dict[str, Any]:
+    """Of sparsity 0, quantised in the basis."""
+    return {"preset": "quality", "window": 24, "basis": str(basis)}
 
 
 def options(model: Path) -> dict[str, Any]:
@@ -73,32 +69,27 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def expected(model: Path, settings: dict[str, dict[str, Any]]) -> dict[str, list[list[int]]]:
-    """Texts of one process, which is dense where nothing is lost."""
-    found = {}
-    for case, given in (settings | {"exact": None}).items():
-        with engine(given, **options(model)) as llm:
-            outputs = generate(llm, prompts(), ray_engines.MAX_TOKENS, detokenize=False)
-            found[case] = texts(outputs)
-    return found
+def expected(model: Path, settings: dict[str, Any]) -> list[list[int]]:
+    """Texts of one process."""
+    with engine(settings, **options(model)) as llm:
+        return texts(generate(llm, prompts(), ray_engines.MAX_TOKENS, detokenize=False))
 
 
 @pytest.fixture(scope="module")
 def answers(
-    model: Path,
-    settings: dict[str, dict[str, Any]],
-    tmp_path_factory: pytest.TempPathFactory,
+    model: Path, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """Of engines on Ray, by case; vLLM's first executor, gone in 0.33, is asked for by class."""
-    common = {"executor": "ray", "options": options(model), "prompts": prompts()}
+    equal = {
+        "executor": "ray",
+        "settings": settings,
+        "options": options(model),
+        "prompts": prompts(),
+    }
     first = "vllm.v1.executor.ray_executor"
     executor = f"{first}.RayDistributedExecutor" if importlib.util.find_spec(first) else "ray"
     other_window = options(model) | {"worker_cls": "ray_engines.OtherWindow"}
-    asked = {
-        "exact": common | {"settings": settings["exact"]},
-        "calibrated": common | {"settings": settings["calibrated"], "executor": executor},
-        "unequal": common | {"settings": settings["exact"], "options": other_window},
-    }
+    asked = {"equal": equal, "unequal": equal | {"executor": executor, "options": other_window}}
     folder = tmp_path_factory.mktemp("ray")
     (folder / "asked.json").write_text(json.dumps(list(asked.values())))
     run(folder)
@@ -146,17 +137,15 @@ def end_session(leader: subprocess.Popen) -> None:
     leader.wait()
 
 
-@pytest.mark.parametrize("case", ["exact", "calibrated"])
-def test_texts_are_those_of_one_process(answers, expected, basis, case):
-    found = answers[case]
-    assert found.get("texts") == expected[case], found.get("error")
+def test_texts_are_those_of_one_process(answers, expected, basis):
+    found = answers["equal"]
+    assert found.get("texts") == expected, found.get("error")
     assert len({worker["actor"] for worker in found["seen"]}) == ray_engines.RANKS
     means = BasisFile.open(basis).layer(0).key_mean
     for rank, worker in enumerate(found["seen"]):
         assert worker["platform"] == "RayCpuPlatform" and worker["layers"] == 4
         assert worker["ring"][1] == 1, "KV heads of a rank"
-        mean = means[rank : rank + 1].tolist() if case == "calibrated" else None
-        assert worker["key_mean"] == mean
+        assert worker["key_mean"] == means[rank : rank + 1].tolist()
 
 
 def test_ranks_that_differ_are_refused(answers):

@@ -140,6 +140,20 @@ def test_dense_drafters_have_pages_like_ours(tmp_path, said, drafter, layers):
     assert line == f"sparsekv: {len(layers)} layers of the drafter stay dense, on CPU_ATTN"
 
 
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_rings_have_room_for_what_is_drafted(tmp_path, tokens):
+    """The tokens of a step, and the one that a draft model reads twice."""
+    config = engine(tmp_path, DRAFTER, num_speculative_tokens=tokens)
+    derived = derive(config, model_config=config.speculative_config.draft_model_config)
+    build(config, derived, {4: Layer(), 5: Layer()})
+    (spec,) = {g.kv_cache_spec for g in groups_of(config) if isinstance(g.kv_cache_spec, RingSpec)}
+    window = config.compilation_config.static_forward_context[
+        layer_name(0)
+    ].impl.cache.format.window
+    assert window >= 64
+    assert spec.min_slots == window + tokens + 1 <= spec.blocks_per_request * spec.num_states
+
+
 def test_sparse_drafters_keep_to_themselves(tmp_path, basis, runner_v2, said):
     """Their shape, no basis of the target's, rings that vLLM takes for a drafter's."""
     config = engine(tmp_path, DRAFTER, {"preset": "capacity", "basis": basis, "skip_layers": [0]})

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import uniform
 from helpers import (
     REFERENCE,
     CaseSpec,
@@ -139,3 +140,19 @@ def test_graph_replay_equals_eager(codec, query_len):
         assert_same_bytes(out, actual)
         assert_same_bytes(case.pages, eager.pages)
         assert_same_bytes(case.window, eager.window)
+
+
+@pytest.mark.parametrize("query_len", range(1, 9))
+def test_a_graph_serves_other_batches(query_len):
+    """Of fewer requests and other lengths than it was captured with."""
+    specs = uniform.cases(query_len)
+    warm = uniform.Step(specs, DEVICE)
+    warm.run(TRITON)  # compiles, which a capture must not
+    step = uniform.Step(specs, DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step.run(TRITON)
+    for spec in specs * 2:
+        step.load(spec)
+        graph.replay()
+        step.check(spec, SLACK[torch.bfloat16])

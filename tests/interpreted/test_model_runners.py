@@ -38,7 +38,7 @@ from vllm_sparsekv.engine.window import RingSpec, WindowBackend, WindowMetadataB
 
 buffer_utils.is_uva_available = lambda: False
 CPU = torch.device("cpu")
-MAX_REQUESTS, MAX_TOKENS, MAX_LENGTH = 8, 32, 512
+MAX_REQUESTS, MAX_TOKENS, MAX_LENGTH = 8, 64, 512
 STALE = 4
 """Left in every buffer by an earlier step; as a block there is one."""
 SPARSE, WINDOW = "model.layers.0.self_attn.attn", "sparsekv.window.0"
@@ -271,8 +271,12 @@ class RunnerV1:
 BATCHES = {
     "decode": (Request(70, 1), Request(5, 1), Request(130, 1)),
     "chunks": (Request(70, 1), Request(0, 9), Request(40, 7)),
-    "speculative": (Request(70, 3), Request(5, 3), Request(127, 3)),
+    **{
+        f"verify {drafted}": tuple(Request(context, 1 + drafted) for context in (70, 5, 127))
+        for drafted in range(1, 8)
+    },
 }
+UNIFORM = [name for name in BATCHES if name != "chunks"]
 
 
 @pytest.fixture(params=[RunnerV1, RunnerV2], ids=["V1", "V2"])
@@ -282,7 +286,7 @@ def runner_of(request):
 
 def batch_of(name: str, padding_requests: int) -> Batch:
     requests = BATCHES[name]
-    lookahead = requests[0].query - 1 if name == "speculative" else 0
+    lookahead = requests[0].query - 1 if name in UNIFORM else 0
     spec = CaseSpec(
         requests,
         num_kv_heads=2,
@@ -296,7 +300,7 @@ def batch_of(name: str, padding_requests: int) -> Batch:
 
 
 @pytest.mark.parametrize(
-    ("name", "padding"), [("decode", 0), ("decode", 3), ("chunks", 0), ("speculative", 2)]
+    ("name", "padding"), [("decode", 0), ("decode", 3), ("chunks", 0), ("verify 2", 2)]
 )
 def test_the_step_reaches_the_kernels(runner_of, name, padding):
     batch = batch_of(name, padding)
@@ -330,7 +334,7 @@ def test_the_step_reaches_the_kernels(runner_of, name, padding):
     assert_same_bytes(ours.window, expected.window)
 
 
-@pytest.mark.parametrize("name", ["decode", "speculative"])
+@pytest.mark.parametrize("name", UNIFORM)
 def test_replay_reads_what_capture_was_given(runner_of, name):
     """A graph keeps the addresses and shapes of capture."""
     runner = runner_of(batch_of(name, 2))

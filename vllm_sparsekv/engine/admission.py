@@ -58,15 +58,13 @@ def refuse_unused_settings(vllm_config: VllmConfig) -> None:
 
 
 def drafter_settings(vllm_config: VllmConfig) -> SparseKVConfig:
-    """The same for layers of a drafter: the basis and the layers to skip are the target's.
+    """The same for layers of a drafter: the basis is the target's.
 
     Raises:
         ValueError: a codec needs a basis.
     """
-    given = dict(_additional(vllm_config).get(SETTINGS_KEY) or {})
-    for name in ("basis_sha256", "skip_layers"):
-        given.pop(name, None)
-    return SparseKVConfig.from_dict(given | {"basis": "none"})
+    given = _additional(vllm_config).get(SETTINGS_KEY) or {}
+    return SparseKVConfig.from_dict({**given, "basis": "none"})
 
 
 def layer_format(vllm_config: VllmConfig, head_size: int, of_drafter: bool = False) -> SparseFormat:
