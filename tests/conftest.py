@@ -27,12 +27,13 @@ settings.load_profile("repeatable")
 
 
 LONGEST = [
-    "test_engine_families.py",
     "test_interpreted_triton.py",
-    "test_engine_calibrate.py",
+    "test_engine_families.py",
     "test_engine_drafters.py",
     "test_engine_ray.py",
     "test_engine_transfer.py",
+    "test_engine_calibrate.py",
+    "test_kernels_cpu.py",
     "test_aot.py",
     "test_build_cpu.py",
 ]
