@@ -26,8 +26,7 @@ def read(name: str) -> dict[str, Any]:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table; the first row is its head, empty cells stay narrow."""
-    lines = ["| " + " | ".join(row).replace("|  |", "| |") + " |" for row in rows]
-    lines = [re.sub(r"\|  (?=\|)", "| ", line) for line in lines]
+    lines = [re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(row)} |") for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -238,6 +241,20 @@ def test_wrong_arguments_are_named(
     assert error.value.code == 2
     assert f"error: {WRONG[line]}".replace("TMP", str(tmp_path)) in said
     assert usage[0].startswith("usage: sparsekv") and len(usage) <= 3
+
+
+def test_the_last_word_of_a_failed_calibration_is_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which the engine that wanted it then logs."""
+
+    def fail(**arguments: Any) -> None:
+        raise ValueError("out of\nluck")
+
+    monkeypatch.setattr(calibrate, "calibrate", fail)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=BytesIO(pickle.dumps({}))))
+    with pytest.raises(SystemExit, match="^ValueError: out of luck$"):
+        calibrate.serve_standard_input()
 
 
 @pytest.mark.parametrize(
