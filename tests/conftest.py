@@ -28,13 +28,13 @@ settings.load_profile("repeatable")
 
 LONGEST = [
     "test_interpreted_triton.py",
+    "test_aot.py",
     "test_engine_families.py",
     "test_engine_drafters.py",
     "test_engine_ray.py",
     "test_engine_transfer.py",
     "test_engine_calibrate.py",
     "test_kernels_cpu.py",
-    "test_aot.py",
     "test_build_cpu.py",
 ]
 """Minutes each, so they start first; several test processes take a file each."""

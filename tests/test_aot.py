@@ -76,7 +76,6 @@ DECODE = {
     (80, 128, "fp8"): 6.5,
     (80, 128, "int4"): 5.3,
     (80, 128, "all int4, int3"): 2.6,
-    (80, 64, "int4"): 5.9,
     (90, 128, "auto"): 6.0,
     (90, 128, "fp8"): 4.35,
     (90, 128, "int4"): 5.2,
@@ -89,14 +88,11 @@ DECODE = {
     (90, 96, "int4"): 5.45,
     (90, 96, "all int4, int3"): 2.85,
     (90, 96, "int4_int2, int3"): 3.1,
-    (90, 64, "auto"): 6.0,
-    (90, 64, "fp8"): 4.35,
     (90, 64, "int4"): 5.65,
     (90, 64, "all int4, int3"): 2.95,
     (90, 64, "int4_int2, int3"): 3.35,
     (100, 128, "int4"): 5.15,
     (100, 128, "all int4, int3"): 2.55,
-    (100, 64, "int4"): 5.75,
 }
 """(compute capability * 10, head size, cache) -> instructions per element of keys and values."""
 
@@ -119,8 +115,6 @@ def test_decode(capability, head_size, cache):
         ("all int4, int3", 256, 8, 64),
         ("int4", 192, 8, 64),
         ("auto", 64, 16, 64),
-        ("int4", 64, 16, 64),
-        ("auto", 96, 16, 64),
         ("fp8", 96, 16, 64),
         ("int4", 96, 16, 64),
         ("int4", 128, 16, 64),
@@ -145,14 +139,11 @@ SLIDING, CAPPED = ("sliding_window", "sinks"), ("sliding_window", "soft_cap", "s
     ("capability", "head_size", "cache", "options"),
     [
         (80, 128, "int4", SLIDING),
-        (80, 128, "all int4, int3", CAPPED),
         (90, 64, "int4", SLIDING),
-        (90, 64, "int4", CAPPED),
         (90, 96, "int4_int2, int3", SLIDING),
         (90, 128, "fp8", CAPPED),
         (90, 128, "all int4, int3", CAPPED),
-        (100, 128, "int4", SLIDING),
-        (100, 128, "all int4, int3", CAPPED),
+        (100, 128, "int4", CAPPED),
     ],
 )
 def test_decode_with_options(capability, head_size, cache, options):
