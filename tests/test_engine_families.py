@@ -104,6 +104,7 @@ def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(model: Path, settings: dict[str, Any] | None, **overrides: Any):
     chosen = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_batched_tokens": 2048}
+    chosen |= {"kv_cache_memory_bytes": 1 << 27}
     return engine(settings, model=str(model), **chosen | overrides)
 
 
