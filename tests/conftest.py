@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -25,13 +27,14 @@ settings.load_profile("repeatable")
 
 
 LONGEST = [
-    "test_engine_families.py",
     "test_interpreted_triton.py",
-    "test_engine_calibrate.py",
+    "test_aot.py",
+    "test_engine_families.py",
     "test_engine_drafters.py",
     "test_engine_ray.py",
     "test_engine_transfer.py",
-    "test_aot.py",
+    "test_engine_calibrate.py",
+    "test_kernels_cpu.py",
     "test_build_cpu.py",
 ]
 """Minutes each, so they start first; several test processes take a file each."""
@@ -91,13 +94,33 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@functools.cache
+def replace_kernels(platform: type) -> None:
+    """vLLM looks through all modules for Triton kernels to replace, at every start of an engine."""
+    platform.register_triton_kernel_overrides()
+
+
 @pytest.fixture(scope="module")
 def engines_in_process() -> Iterator[None]:
-    """For tests that start many engines of tiny models."""
+    """For tests that start many engines of tiny models.
+
+    Most of a start goes into vLLM's collections of garbage, which look at every object of torch and
+    transformers; those that are there already are left out.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    replace_kernels(platform)
+    gc.collect()
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gc, "freeze", lambda: None)
+        patch.setattr(gc, "unfreeze", lambda: None)
+        patch.setattr(platform, "register_triton_kernel_overrides", staticmethod(lambda: None))
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         # vLLM compiles a few operators anew for every model and shape, for seconds each; so do the
         # processes that it starts.
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         with torch._dynamo.config.patch(disable=True):
             yield
+    gc.unfreeze()

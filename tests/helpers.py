@@ -93,8 +93,13 @@ class CaseSpec:
 
     @property
     def history_tokens(self) -> int:
-        """Context tokens of the whole batch, what a slow interpreter pays for."""
+        """Context tokens of the whole batch."""
         return sum(request.context for request in self.requests)
+
+    @property
+    def tokens(self) -> int:
+        """Of history and step, of the whole batch: what a slow interpreter pays for."""
+        return self.history_tokens + sum(request.query for request in self.requests)
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")

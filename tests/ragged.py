@@ -17,6 +17,7 @@ def batches(block_size: int) -> dict[str, tuple[Request, ...]]:
     edges = (1, n - 1, n, n + 1)
     many = [edges[i % 4] + n * (i // 12) for i in range(31)]
     return {
+        "few": (Request(17, 3), Request(5, 1)),
         "single": (Request(n + 1, 1),),
         "long": (Request(4095, 1), Request(0, 0), Request(4096, 1, hit=4096 - n)),
         "decode": tuple(Request(length - 1, 1) for length in (*edges, 5 * n + 3)),
@@ -38,7 +39,7 @@ def batches(block_size: int) -> dict[str, tuple[Request, ...]]:
 
 
 AXES: dict[str, tuple[Any, ...]] = {
-    "batch": tuple(batches(block_size=64)),
+    "batch": tuple(name for name in batches(block_size=64) if name != "few"),
     "head_size": (64, 80, 96, 128, 256),
     "group": (1, 3, 4, 8),
     "block_size": (16, 64, 128),
@@ -107,14 +108,15 @@ EMPTY = (
 )
 
 
-def _matrix(axes: dict[str, tuple[Any, ...]]) -> tuple[CaseSpec, ...]:
+def matrix(axes: dict[str, tuple[Any, ...]]) -> tuple[CaseSpec, ...]:
+    """A case for each combination of :func:`pairwise`; what is varied as in :data:`AXES`."""
     return tuple(_spec(seed, chosen) for seed, chosen in enumerate(pairwise(axes)))
 
 
-RAGGED_MATRIX: tuple[CaseSpec, ...] = (*_matrix(AXES), *EMPTY)
+RAGGED_MATRIX: tuple[CaseSpec, ...] = (*matrix(AXES), *EMPTY)
 """Every pair of values of :data:`AXES` in at least one case, and empty batches; use ``ids=str``."""
 
-INT3_MATRIX = _matrix(
+INT3_MATRIX = matrix(
     AXES
     | {
         "codecs": (("int3", "int3"), ("int4", "int3"), ("int3", "auto")),
@@ -123,7 +125,7 @@ INT3_MATRIX = _matrix(
 )
 """The same for int3."""
 
-INT2_MATRIX = _matrix(
+INT2_MATRIX = matrix(
     AXES
     | {
         "batch": ("decode", "hits", "prompts", "chunks", "speculative"),
@@ -135,7 +137,7 @@ INT2_MATRIX = _matrix(
 )
 """Fewer for int2, which differs from int3 in its codes alone."""
 
-INT4_INT2_MATRIX = _matrix(
+INT4_INT2_MATRIX = matrix(
     AXES
     | {
         "batch": ("decode", "hits", "prompts", "chunks", "speculative"),
@@ -157,7 +159,7 @@ _SCORES = AXES | {
     "soft_cap": (None, 1.5),
     "sinks": (False, True),
 }
-SCORE_MATRIX = _matrix(_SCORES | {"sparsities": ((0.5, 0.5), (0.0, 0.0))}) + _matrix(
+SCORE_MATRIX = matrix(_SCORES | {"sparsities": ((0.5, 0.5), (0.0, 0.0))}) + matrix(
     _SCORES
     | {
         "batch": ("decode", "hits", "chunks", "speculative"),

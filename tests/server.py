@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-START_SECONDS = 300
+START_SECONDS = 900
+"""A loaded machine takes minutes."""
 
 
 class Server(NamedTuple):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -138,37 +141,120 @@ safe                600  3.41x     64      70       4,500       -            key
     assert inspection.describe(found) == expected
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspect", str(MODEL), "--max-model-len", "-3"], "(?s)error: .*max_model_len"),
-        (["inspect", str(MODEL), "--quantization", "awq"], "error: "),
-        (["inspect", "/no/such/model"], "error: .*/no/such/model"),
-        (["calibrate", str(MODEL), "--kv-cache-dtype", "nvfp4"], "error: "),
-    ],
-)
-def test_what_vllm_refuses_is_one_message(arguments: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=message):
-        cli.main(arguments)
+REFUSED_BY_VLLM = {
+    ("--max-model-len", "-3"): "max_model_len=-3: Input should be greater than or equal to -1",
+    ("--max-model-len", "100000"): "User-specified max_model_len (100000) is greater than the",
+    ("--max-model-len", "0"): "max_model_len must be a positive integer, got int: 0.",
+    ("--tensor-parallel-size", "0"): "tensor_parallel_size=0: Input should be greater than or",
+    ("--tensor-parallel-size", "5"): "Total number of attention heads (9) must be divisible by",
+    ("--quantization", "awq"): "Cannot find the config file for awq",
+    ("--gpu-memory-utilization", "7"): "gpu_memory_utilization=7.0: Input should be less than",
+    ("--speculative-config", '{"method": "nope"}'): "method='nope': Input should be 'ngram', ",
+    ("--hf-overrides", "{bad"): "hf_overrides.dict[str,any]='{bad': Input should be a valid dict",
+    ("--config", "/no/file"): "Config file must be of a yaml/yml type. /no/file supplied",
+    ("--block-size", "7"): "block_size=7: must be a positive multiple of 16",
+    ("--block-size", "1000000"): "block_size=1000000: must be <= 8192, max_model_len",
+    ("--kv-transfer-config", '{"kv_connector": "Foo", "kv_role": "kv_both"}'): "Unsupported conn",
+}
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspct"], "invalid choice: 'inspct'"),
-        (["inspect", "a-model", "--memory", "0"], "--memory 0: must be > 0"),
-        (
-            ["inspect", "a-model", "--additional-config", '{"sparsekv": {}}'],
-            "--additional-config: every preset is shown, leave it out",
-        ),
-    ],
-)
-def test_wrong_arguments_are_named(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture
-) -> None:
+@pytest.mark.parametrize("options", REFUSED_BY_VLLM, ids=" ".join)
+def test_what_vllm_refuses_is_one_line(options: tuple[str, str]) -> None:
     with pytest.raises(SystemExit) as error:
-        cli.main(arguments)
-    assert error.value.code == 2 and message in capsys.readouterr().err
+        cli.main(["inspect", str(MODEL), *options])
+    said = str(error.value.code)
+    assert said.startswith(f"error: {REFUSED_BY_VLLM[options]}") and len(said.splitlines()) == 1
+    assert "pydantic" not in said and "[type=" not in said
+
+
+def test_a_cache_dtype_of_another_is_refused_before_calibration() -> None:
+    with pytest.raises(SystemExit, match=r"^error: kv_cache_dtype='nvfp4': must be 'auto' or"):
+        cli.main(["calibrate", str(MODEL), "--kv-cache-dtype", "nvfp4"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "Invalid repository ID or local directory specified: "),
+        ("{nope", "is not a valid JSON file."),
+        ("{}", "Should have a `model_type` key in its config.json."),
+    ],
+)
+def test_a_folder_without_a_model_is_named(
+    config: str | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if config is not None:
+        (tmp_path / "config.json").write_text(config)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # before vLLM tries once more
+    for command in ("inspect", "calibrate"):
+        with pytest.raises(SystemExit) as error:
+            cli.main([command, str(tmp_path)])
+        said = str(error.value.code)
+        assert said.startswith("error: ") and message in said and str(tmp_path) in said
+        assert len(said.splitlines()) == 1
+
+
+WRONG = {
+    "": "the following arguments are required: COMMAND",
+    "inspct": "argument COMMAND: invalid choice: 'inspct'",
+    "inspect": "the following arguments are required: model",
+    "inspect MODEL more": "unrecognized arguments: more",
+    "inspect MODEL --no-such-option": "unrecognized arguments: --no-such-option",
+    "inspect MODEL --dtype int8": "argument --dtype: invalid choice: 'int8' (choose from 'auto'",
+    "inspect MODEL --max-model-len abc": "argument --max-model-len: invalid human_readable_int",
+    "inspect MODEL --memory 0": "--memory 0: must be > 0 and <= 1048576 (GiB)",
+    "inspect MODEL --memory -1": "--memory -1: must be > 0 and <= 1048576 (GiB)",
+    "inspect MODEL --memory nan": "--memory nan: must be > 0 and <= 1048576 (GiB)",
+    "inspect MODEL --memory inf": "--memory inf: must be > 0 and <= 1048576 (GiB)",
+    "inspect MODEL --memory much": "argument --memory: invalid float value: 'much'",
+    'inspect MODEL --additional-config {"sparsekv":{}}': "--additional-config: every preset is",
+    "inspect MODEL --attention-backend sparsekv": "--attention-backend: every preset is shown, ",
+    "doctor more": "unrecognized arguments: more",
+    "doctor --jsn": "unrecognized arguments: --jsn",
+    "calibrate": "the following arguments are required: model",
+    "calibrate MODEL --dtpye float32": "unrecognized arguments: --dtpye float32",
+    'calibrate MODEL --additional-config {"sparsekv":{}}': "--additional-config: a basis serves",
+    "calibrate MODEL --attention-backend x": "--attention-backend: a basis serves all settings, ",
+    "calibrate MODEL --tokens -1": "--tokens -1: must be > 1",
+    "calibrate MODEL --tokens many": "argument --tokens: invalid int value: 'many'",
+    "calibrate MODEL --length 1": "--length 1: must be > 1 and <= 8192, a text's --tokens",
+    "calibrate MODEL --length 9000": "--length 9000: must be > 1 and <= 8192, a text's --tokens",
+    "calibrate MODEL --text TMP/none": "--text TMP/none: No such file or directory",
+    "calibrate MODEL --text TMP": "--text TMP: Is a directory",
+    "calibrate MODEL --text TMP/latin": "--text TMP/latin: 'utf-8' codec can't decode byte 0xff",
+    "calibrate MODEL --output TMP/no/b": "--output TMP/no/b: there is no folder TMP/no",
+    "calibrate MODEL --output TMP": "--output TMP: is a folder, must be a file to write",
+    "calibrate MODEL --output /proc/b": "--output /proc/b: No such file or directory",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_arguments_are_named(
+    line: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """In a line after the usage, before anything is loaded."""
+    (tmp_path / "latin").write_bytes(b"\xff")
+    words = [word.replace("TMP", str(tmp_path)) for word in line.split()]
+    with pytest.raises(SystemExit) as error:
+        cli.main([str(MODEL) if word == "MODEL" else word for word in words])
+    *usage, said = capsys.readouterr().err.splitlines()
+    assert error.value.code == 2
+    assert f"error: {WRONG[line]}".replace("TMP", str(tmp_path)) in said
+    assert usage[0].startswith("usage: sparsekv") and len(usage) <= 3
+
+
+def test_the_last_word_of_a_failed_calibration_is_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which the engine that wanted it then logs."""
+
+    def fail(**arguments: Any) -> None:
+        raise ValueError("out of\nluck")
+
+    monkeypatch.setattr(calibrate, "calibrate", fail)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=BytesIO(pickle.dumps({}))))
+    with pytest.raises(SystemExit, match="^ValueError: out of luck$"):
+        calibrate.serve_standard_input()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import vllm_sparsekv
 from vllm_sparsekv.settings import PRESETS, SETTING_NAMES
 
 ROOT = Path(vllm_sparsekv.__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import tables  # noqa: E402
+
 FOLDER = ROOT / "docs" / "pages"
 PAGES = [ROOT / "README.md", *sorted(FOLDER.glob("*.md"))]
 SETTINGS = (FOLDER / "settings.md").read_text()
@@ -84,6 +89,15 @@ def test_presets_are_described_as_they_are() -> None:
         assert re.search(
             rf"^\| `{name}`[^|]*\| {stored[0]} \| {stored[1]} \|", SETTINGS, re.MULTILINE
         )
+
+
+def test_tables_of_benchmarks_are_what_the_results_say() -> None:
+    page = (FOLDER / "benchmarks.md").read_text()
+    assert re.findall(r"<!-- table (\w+) -->", page) == list(tables.TABLES)
+    assert page.count("<!-- end -->") == len(tables.TABLES)
+    assert tables.fill(page) == page, "python benchmarks/tables.py writes them"
+    for figure in ("191,310", "1.90 / 3.21 / 3.22 / 3.35", "1.16x"):
+        assert page.count(figure) == 1 and tables.fill(page.replace(figure, "0")) == page
 
 
 def test_the_readme_is_short() -> None:

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "interpreted"
-MODULES = sorted(path.name for path in FOLDER.glob("test_*.py"))
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_under_the_interpreter(module):
+def test_under_the_interpreter():
+    """In one process: it takes as long to start as some modules take to run."""
     pytest.importorskip("triton", reason="needs the triton package")
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER / module]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER]
     run = subprocess.run(
         command, env=environment, cwd=FOLDER.parent.parent, capture_output=True, text=True
     )

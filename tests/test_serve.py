@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 from collections.abc import Iterator
@@ -86,6 +87,57 @@ def test_two_concurrent_clients_get_the_answers_of_one(server: Server) -> None:
     alone = [complete(prompt) for prompt in prompts]
     with ThreadPoolExecutor(2) as clients:
         assert list(clients.map(complete, prompts)) == alone
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def assert_person(text: str) -> None:
+    found = json.loads(text)
+    assert found.keys() == {"name", "age"} and type(found["age"]) is int
+
+
+def test_json_schema(server: Server) -> None:
+    answer = client(server).chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "Alice is 30 years old. Say so in JSON."}],
+        max_tokens=80,
+        temperature=0,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "person", "schema": PERSON, "strict": True},
+        },
+    )
+    assert_person(answer.choices[0].message.content)
+
+
+def test_tools(server: Server) -> None:
+    answer = client(server).chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "Remember Alice, who is 30 years old."}],
+        max_tokens=80,
+        temperature=0,
+        tools=[{"type": "function", "function": {"name": "remember", "parameters": PERSON}}],
+        tool_choice={"type": "function", "function": {"name": "remember"}},
+    )
+    (call,) = answer.choices[0].message.tool_calls
+    assert call.function.name == "remember"
+    assert_person(call.function.arguments)
+
+
+def test_log_probabilities(server: Server) -> None:
+    answer = client(server).completions.create(
+        model="demo", prompt="The capital of France is", max_tokens=4, temperature=0, logprobs=3
+    )
+    found = answer.choices[0].logprobs
+    assert len(found.token_logprobs) == len(found.top_logprobs) == 4
+    for chosen, best in zip(found.token_logprobs, found.top_logprobs, strict=True):
+        assert len(best) == 3 and chosen == max(best.values()) <= 0
 
 
 def test_metrics_answer(server: Server) -> None:

@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import REFERENCE, assert_same_bytes, build_case
-from ragged import RAGGED_MATRIX, WHOLE_MATRIX
+from ragged import AXES, EMPTY, matrix, pairwise
 
 from vllm_sparsekv.format.feedback import feedback_matrix
 from vllm_sparsekv.format.layout import SparseFormat
@@ -51,22 +51,30 @@ def awkward_vectors(size: int, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-@pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("size", "key_sparsity", "value_sparsity"),
-    [(64, 0.5, 0.3), (80, 0.0, 0.7), (128, 0.3, 0.0), (256, 0.3, 0.5)],
+AWKWARD = pairwise(
+    {
+        "codec": CODECS,
+        "dtype": DTYPES,
+        "shape": ((64, 0.5, 0.3), (80, 0.0, 0.7), (128, 0.3, 0.0), (256, 0.3, 0.5)),
+    }
 )
-def test_awkward_vectors(size, key_sparsity, value_sparsity, dtype, codec):
-    config = SparseKVConfig(key_sparsity, value_sparsity, codec, codec, 0)
-    fmt = SparseFormat.from_config(config, size, dtype)
+"""Shapes are head size, sparsity of keys and of values."""
+
+
+@pytest.mark.parametrize(
+    ("codec", "dtype", "shape"), [list(chosen.values()) for chosen in AWKWARD], ids=str
+)
+def test_awkward_vectors(codec, dtype, shape):
+    size, *sparsities = shape
+    fmt = SparseFormat.from_config(SparseKVConfig(*sparsities, codec, codec, 0), size, dtype)
     x = awkward_vectors(size, dtype)
     assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [64, 80, 128])
-@pytest.mark.parametrize("codec", ["int3", "int2"])
+@pytest.mark.parametrize(
+    ("size", "codec"), [(64, "int3"), (80, "int3"), (80, "int2"), (128, "int2")]
+)
 def test_awkward_whole_vectors_of_few_bits(codec, size, dtype):
     fmt = SparseFormat.from_config(SparseKVConfig(0.0, 0.0, "int4", codec, 0), size, dtype)
     x = awkward_vectors(size, dtype)
@@ -96,12 +104,26 @@ def test_infinities_and_nans_survive_alike(dtype, codec):
     assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [s for s in RAGGED_MATRIX + WHOLE_MATRIX if s.history_tokens <= 70],
-    ids=str,
+FEW = AXES | {"batch": ("few",), "group": (1,), "window": ((0, 0),)}
+WHOLE = {"sparsities": ((0.0, 0.0),)}
+PAGES = (
+    *matrix(FEW),
+    *matrix(FEW | WHOLE | {"codecs": (("int4", "int3"), ("int3", "int2"), ("auto", "int2"))}),
+    *matrix(
+        FEW
+        | WHOLE
+        | {
+            "head_size": (64, 96, 128, 192, 256),
+            "codecs": (("int4_int2", "int3"), ("int4_int2", "int2"), ("int4_int2", "auto")),
+        }
+    ),
+    *EMPTY,
 )
-def test_ragged_matrix(spec):
+"""Of every layout; what a page holds does not depend on the batch."""
+
+
+@pytest.mark.parametrize("spec", PAGES, ids=str)
+def test_pages_of_every_layout(spec):
     ours, reference = build_case(spec, TRITON), build_case(spec)
     assert_same_bytes(ours.pages, reference.pages)
     ours.write_step(TRITON)

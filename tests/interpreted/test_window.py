@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import pytest
 from helpers import REFERENCE, assert_same_bytes, build_case
-from ragged import RAGGED_MATRIX
+from ragged import AXES, RAGGED_MATRIX, matrix
 
 from vllm_sparsekv.kernels.window.triton import write_window
 
 TRITON = REFERENCE._replace(write_window=write_window)
 
 
-@pytest.mark.parametrize(
-    "spec", [s for s in RAGGED_MATRIX if s.window and s.history_tokens <= 300], ids=str
+SMALL = matrix(
+    AXES
+    | {
+        "batch": ("decode", "hits", "prompts", "chunks", "speculative"),
+        "head_size": (64, 80, 256),
+        "group": (1,),
+        "block_size": (16,),
+        "codecs": (("auto", "auto"), ("int4", "int4")),
+        "sparsities": ((0.5, 0.5),),
+        "window": ((64, 0), (24, 0), (64, 3)),
+    }
 )
+LARGE_BLOCKS = tuple(
+    spec
+    for spec in RAGGED_MATRIX
+    if spec.window and spec.name in ("single", "empty rows", "no requests")
+)
+"""One request over the end of a block, and empty batches."""
+
+
+@pytest.mark.parametrize("spec", SMALL + LARGE_BLOCKS, ids=str)
 def test_ragged_matrix(spec):
     ours, reference = build_case(spec, TRITON), build_case(spec)
     assert_same_bytes(ours.window, reference.window)

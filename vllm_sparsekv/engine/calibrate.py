@@ -16,6 +16,8 @@ import json
 import os
 import pickle
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from vllm_sparsekv.engine.compat import (
     read_prompts,
     write_tokens,
 )
+from vllm_sparsekv.engine.errors import one_line
 from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import BasisFile, write_basis
 
@@ -39,6 +42,9 @@ LENGTH = 512
 OBSERVER = "vllm_sparsekv.engine.observer.Observer"
 PROGRESS = b"sparsekv progress: "
 """How lines of progress begin that :func:`serve_standard_input` prints."""
+
+ENGINE_OF_ITS_OWN = ("additional_config", "attention_backend")
+"""Engine options that are set here, whatever the model will be served with."""
 
 Progress = Callable[[str], None]
 
@@ -163,12 +169,29 @@ def parse(arguments: list[str] | None = None) -> tuple[argparse.Namespace, dict[
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     args, rest = parser.parse_known_args(arguments)
+    if args.tokens < 2:
+        parser.error(f"--tokens {args.tokens}: must be > 1")
     largest = args.tokens // len(args.text or [""])
     if not 1 < args.length <= largest:
         parser.error(f"--length {args.length}: must be > 1 and <= {largest}, a text's --tokens")
+    for path in args.text or []:
+        try:
+            path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            parser.error(f"--text {path}: {getattr(error, 'strerror', None) or error}")
     if not args.output.parent.is_dir():
         parser.error(f"--output {args.output}: there is no folder {args.output.parent}")
-    return args, parse_engine_options(["--model", args.model, *rest], prog=parser.prog)
+    if args.output.is_dir():
+        parser.error(f"--output {args.output}: is a folder, must be a file to write")
+    try:
+        tempfile.TemporaryFile(dir=args.output.parent).close()
+    except OSError as error:
+        parser.error(f"--output {args.output}: {error.strerror}")
+    options = parse_engine_options(["--model", args.model, *rest], prog=parser.prog)
+    for name in ENGINE_OF_ITS_OWN:
+        if name in options:
+            parser.error(f"--{name.replace('_', '-')}: a basis serves all settings, leave it out")
+    return args, options
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -182,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         file = calibrate(options, args.output, None, args.text, args.tokens, args.length, progress)
     except (ValueError, OSError, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
     if args.json:
         written = {"path": str(file.path), "layers": len(file.shapes), "sha256": file.sha256}
         print(json.dumps(written, indent=2))
@@ -191,12 +214,19 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def serve_standard_input() -> None:
-    """Calibrate with the arguments pickled on standard input; lines of progress are marked."""
+    """Calibrate with the arguments pickled on standard input; lines of progress are marked.
+
+    The last line of standard error says what went wrong.
+    """
 
     def progress(line: str) -> None:
         print(f"{PROGRESS.decode()}{line}", flush=True)
 
-    calibrate(**pickle.load(sys.stdin.buffer), progress=progress)
+    try:
+        calibrate(**pickle.load(sys.stdin.buffer), progress=progress)
+    except Exception as error:
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {one_line(error)}")
 
 
 if __name__ == "__main__":

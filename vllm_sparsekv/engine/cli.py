@@ -8,6 +8,8 @@ import logging
 import os
 import sys
 
+from vllm_sparsekv.engine.errors import one_line
+
 COMMANDS = {
     "inspect": ("inspection", "what a model's cache takes with every preset"),
     "doctor": ("doctor", "whether everything this machine needs is there"),
@@ -35,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         module, _ = COMMANDS[args.command]
         importlib.import_module(f"vllm_sparsekv.engine.{module}").main(args.arguments)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {one_line(error)}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ from vllm_sparsekv.engine.table import aligned
 from vllm_sparsekv.settings import CALIBRATED_DEFAULT, PRESETS, SparseKVConfig
 
 GIB = 1 << 30
+MOST_MEMORY = 1 << 20
+"""GiB, more than any machine has."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def _tokens(config: VllmConfig, memory: int) -> int | None:
     try:
         return plan_cache(config, memory)[1]
     except ValueError as error:
-        if "KV cache" not in str(error):
+        if not any(said in str(error) for said in ("KV cache", "memory for the cache blocks")):
             raise
         return None
 
@@ -235,8 +237,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--json", action="store_true", help="for programs")
     args, rest = parser.parse_known_args(arguments)
-    if not args.memory > 0:
-        parser.error(f"--memory {args.memory:g}: must be > 0 (GiB)")
+    if not 0 < args.memory <= MOST_MEMORY:
+        parser.error(f"--memory {args.memory:g}: must be > 0 and <= {MOST_MEMORY} (GiB)")
     options = parse_engine_options(["--model", args.model, *rest], prog=parser.prog)
     for name in ("additional_config", "attention_backend", "kv_cache_dtype"):
         if name in options:

@@ -175,7 +175,8 @@ def parse_engine_options(arguments: list[str], prog: str) -> dict[str, Any]:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=prog))
+    usage = "%(prog)s MODEL [options of this command and of `vllm serve`]"
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=prog, usage=usage))
     given, default = (EngineArgs.from_cli_args(parser.parse_args(line)) for line in (arguments, []))
     return changed_options(given, default)
 

@@ -1,0 +1,194 @@
+"""Write the tables of ``docs/pages/benchmarks.md`` that follow from ``benchmarks/results``.
+
+``python benchmarks/tables.py`` fills what is between ``<!-- table NAME -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "pages" / "benchmarks.md"
+MODELS = {"SmolLM2-135M": "smollm2-135m-instruct", "Gemma-3-270M": "gemma-3-270m"}
+
+
+def read(name: str) -> dict[str, Any]:
+    """A file of results, without its suffix."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its head, empty cells stay narrow."""
+    lines = [re.sub(r"\|  (?=\|)", "| ", f"| {' | '.join(row)} |") for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+CACHES = {
+    "dense": "dense bf16",
+    "50 % auto": "50 % auto",
+    "50 % fp8": "50 % fp8",
+    "quality": "preset quality",
+    "balanced": "preset balanced (default)",
+    "int4_int2 keys, int3 values": "int4_int2 keys, int3 values",
+    "int3 keys and values": "int3 keys and values",
+    "capacity": "preset capacity",
+    "int3 keys, int2 values": "int3 keys, int2 values",
+    "balanced, first and last two layers dense": "balanced, first and last two layers dense",
+}
+"""Name in the results, and in the table."""
+
+
+def capacity() -> str:
+    """Tokens of 1 GiB by cache, and how many times the dense cache's."""
+    head = ["cache"]
+    rows = [[title] for title in CACHES.values()]
+    for title, model in MODELS.items():
+        head += [title, "against dense"]
+        tokens = read(f"capacity_{model}")["tokens"]
+        for row, cache in zip(rows, CACHES, strict=True):
+            row += [f"{tokens[cache]:,}", f"{tokens[cache] / tokens['dense']:.2f}x"]
+    return markdown([head, *rows])
+
+
+METHODS = {
+    "fp8": "fp8",
+    "Mustafar 50 %, bf16": "mustafar-50",
+    "preset sparse-50": "sparsekv-sparse-50",
+    "**preset safe (default without a basis)**": "sparsekv-safe",
+    "NVFP4": "nvfp4",
+    "TurboQuant 4-bit": "turboquant-4",
+    "**preset quality**": "sparsekv-quality-calibrated",
+    "KVarN K4V2": "kvarn_k4v2_g128",
+    "TurboQuant K 4-bit, V 3-bit": "turboquant-k4v3",
+    "balanced, uncalibrated": "sparsekv-balanced",
+    "**preset balanced (default)**": "sparsekv-balanced-calibrated",
+    "**int4_int2 keys, int3 values**": "sparsekv-int4_int2-int3-calibrated",
+    "TurboQuant 3-bit": "turboquant-3",
+    "**preset capacity**": "sparsekv-capacity-calibrated",
+}
+SINKS = {"kvarn_k4v2_g128": 128}
+"""First tokens that a method leaves dense."""
+
+
+def _quality(name: str, method: str, head_size: int, context: int = 4096) -> list[str]:
+    """Bytes against bfloat16, perplexity ratio with its error over texts, KL; blank if unmeasured.
+
+    The window has 8 bytes more a token, its tag.
+    """
+    texts = [entry for entry in read(name)["evaluations"] if entry["method"] == method]
+    if not texts:
+        return [""] * 3
+    dense, stored = 4 * head_size, texts[0]["vector_bytes"]
+    size = stored + texts[0]["window"] * (dense + 8) / context
+    size += SINKS.get(method, 0) * (dense - stored) / context
+    losses = [(text["nll"] - text["dense_nll"]) / text["tokens"] for text in texts]
+    ratio, kl = math.exp(mean(losses)), mean(text["kl"] / text["tokens"] for text in texts)
+    error = ratio * stdev(losses) / len(losses) ** 0.5
+    return [f"{dense / size:.2f}x", f"{ratio:.4f} +- {error:.4f}", f"{kl:.4f}"]
+
+
+def quality() -> str:
+    """What every cache loses on both models, a sample of each held-out text."""
+    head = ["cache"]
+    rows = [[title] for title in METHODS]
+    for title, name, head_size in (("SmolLM2", "accuracy", 64), ("Gemma", "accuracy_gemma", 256)):
+        head += [f"{title}, against bf16", "perplexity ratio", "KL"]
+        for row, method in zip(rows, METHODS.values(), strict=True):
+            row += _quality(name, method, head_size)
+    return markdown([head, *rows])
+
+
+CODECS = {
+    "50 % auto": "50 % auto",
+    "50 % fp8": "50 % fp8",
+    "30/50 % int4": "30/50 % int4",
+    "int4/int3": "int4, int3 (balanced)",
+    "int4_int2/int3": "int4_int2, int3",
+    "int3/int2": "int3, int2",
+}
+
+
+def kernels(name: str, codecs: Sequence[str]) -> str:
+    """Speed-ups of decode attention: a row a shape, contexts within a cell."""
+    contexts = ("512", "2048", "8192", "32768")
+    rows = [["speed-up at context 512 / 2k / 8k / 32k", *(CODECS[codec] for codec in codecs)]]
+    for shape, curve in read(name)["decode"].items():
+        found = re.fullmatch(r"D=(\d+) (\w+) batch=8", shape)
+        assert found, shape
+        cells = (
+            " / ".join(f"{curve[length][codec]['speedup']['median']:.2f}" for length in contexts)
+            for codec in codecs
+        )
+        rows.append([f"head size {found[1]}, {found[2]}", *cells])
+    return markdown(rows)
+
+
+def _ratio(measured: dict[str, Any], key: str) -> str:
+    return f"{measured[key]['ratio']['median']:.2f}x" if key in measured else ""
+
+
+def _shape(key: str) -> str:
+    batch, context = key.split(" x ")
+    return f"{batch} x {int(context):,}"
+
+
+def steps() -> str:
+    """Decode steps of both models on the machine with AMX."""
+    found = {
+        title: read(f"step_{name}_bf16_amx")["decode"]
+        for title, name in (("SmolLM2-135M", "smollm2"), ("Gemma-3-270M", "gemma"))
+    }
+    shapes = [*found["SmolLM2-135M"]]
+    shapes.insert(shapes.index("4 x 7680"), "1 x 7680")
+    rows = [["requests x context", *map(_shape, shapes)]]
+    rows += [
+        [f"decode, {title}", *(_ratio(decode, key) for key in shapes)]
+        for title, decode in found.items()
+    ]
+    return markdown(rows)
+
+
+def steps_avx2() -> str:
+    """Decode steps and first tokens of Gemma-3-270M on the machine with AVX2."""
+    found = read("step_gemma_float32_avx2")
+    decode, first = found["decode"], found["first_token"]
+    head = ["requests x context", *map(_shape, decode), "first token of 512", "of 2,048"]
+    cells = [_ratio(decode, key) for key in decode] + [_ratio(first, key) for key in first]
+    return markdown([head, ["Gemma-3-270M", *cells]])
+
+
+LATEST = ("50 % auto", "50 % fp8", "30/50 % int4", "int4/int3", "int4_int2/int3")
+TABLES: dict[str, Callable[[], str]] = {
+    "capacity": capacity,
+    "quality": quality,
+    "kernels": lambda: kernels("kernels", LATEST),
+    "kernels_avx512": lambda: kernels("kernels_avx512", (*LATEST[:-1], "int3/int2")),
+    "kernels_xeon": lambda: kernels("kernels_xeon", LATEST),
+    "steps": steps,
+    "steps_avx2": steps_avx2,
+}
+
+
+def fill(page: str) -> str:
+    """The page with every table as the results have it.
+
+    Raises:
+        KeyError: a marker names no table.
+    """
+    return re.sub(
+        r"(<!-- table (\w+) -->\n\n).*?(\n\n<!-- end -->)",
+        lambda found: found[1] + TABLES[found[2]]() + found[3],
+        page,
+        flags=re.DOTALL,
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(fill(PAGE.read_text()))
