@@ -77,6 +77,8 @@ def main() -> None:
         for place, role in enumerate(roles)
     )
     with prefill, decode:
+        for engine in (prefill, decode):  # the second in time: pages are held for half a minute
+            engine.submit(tokens_of, QUESTION, 0).result()
         prompt = prefill.submit(tokens_of, args.document.read_text(), args.tokens).result()
         _, _, seconds, pages = prefill.submit(ask, prompt, 1, {"do_remote_decode": True}).result()
         print(f"prefill: {len(prompt)} tokens computed in {seconds:.2f} s", flush=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,10 @@ def test_the_tables_name_every_connector_and_tier_of_vllm():
 
 
 def test_the_page_on_support_says_the_same():
-    carried = {name: "works" for name in CARRIED} | {"MultiConnector": "works with those that do"}
+    carried = {name: "works" for name in CARRIED} | {
+        "LMCacheMPConnector": "works, as LMCache's own class",
+        "MultiConnector": "works with those that do",
+    }
     refused = {name: f"refused: {reason}" for name, reason in connectors.REFUSED.items()}
     rows = {f"`{name}`": says for name, says in (carried | refused).items()}
     rows |= {f"`OffloadingConnector`, tier `{tier}`": "works" for tier in CARRIED_TIERS}
@@ -118,8 +123,6 @@ def test_a_size_goes_with_tiers_that_are_named():
 
 
 def test_other_backends_of_the_size_are_refused(monkeypatch):
-    message = refusal(None, kv_offloading_size=1, kv_offloading_backend="lmcache")
-    assert message.count("kv_connector='LMCacheMPConnector': ") == 1
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
     assert "kv_connector='SimpleCPUOffloadConnector': " in refusal(None, kv_offloading_size=1)
 
@@ -388,6 +391,23 @@ def test_nixl_tells_pages_apart(tmp_path, worker):
 def test_nixl_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(connectors, "is_nixl_available", lambda: False)
     assert "kv_connector='NixlConnector': needs the package nixl" in refusal("NixlConnector", {})
+
+
+def test_lmcache_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(connectors, "find_spec", lambda name: None)
+    message = refusal(None, kv_offloading_size=1, kv_offloading_backend="lmcache")
+    assert message.count("kv_connector='LMCacheMPConnector': needs the package lmcache") == 1
+
+
+@pytest.mark.skipif(not find_spec("lmcache"), reason="needs lmcache, pip install lmcache")
+@pytest.mark.parametrize("module_path", [None, connectors.LMCACHES_MODULE])
+def test_lmcache_becomes_ours_under_its_name(module_path):
+    config = admitted(connectors.LMCACHE, {"lmcache.mp.port": 1}, module_path=module_path)
+    assert config.kv_connector_module_path == "vllm_sparsekv.engine.transfer.lmcache"
+    assert config.kv_connector_extra_config.keys() == {"lmcache.mp.port", ORIGIN}
+    lmcaches = importlib.import_module(connectors.LMCACHES_MODULE).LMCacheMPConnector
+    assert issubclass(KVConnectorFactory.get_connector_class(config), lmcaches)
+    assert "of a.b: is not known" in refusal(connectors.LMCACHE, {}, module_path="a.b")
 
 
 def test_nixl_with_engines_of_other_pages_is_refused(monkeypatch):
