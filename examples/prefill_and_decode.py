@@ -21,6 +21,7 @@ def start(model: str, role: str, port: int) -> None:
     """Once in the process of each engine."""
     global llm
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this is a process of the engine's own
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
     import torch
     from vllm import LLM

@@ -140,8 +140,8 @@ def test_connectors_of_a_multi_connector_are_seen_to_as_well():
         extra = dict(found["kv_connector_extra_config"])
         assert len(extra.pop(ORIGIN)) == 64
         assert extra == HOST | SPEC
-    other = child | {"kv_connector": "NixlPushConnector"}
-    assert "kv_connector='NixlPushConnector': " in refusal(
+    other = child | {"kv_connector": "MooncakeConnector"}
+    assert "kv_connector='MooncakeConnector': " in refusal(
         "MultiConnector", {"connectors": [child, other]}
     )
 
@@ -340,6 +340,7 @@ def moved(connector: Any) -> list[int]:
         ("OffloadingConnector", HOST, 1),
         pytest.param("NixlConnector", {}, 1, marks=NIXL),
         pytest.param("NixlPullConnector", {}, 1, marks=NIXL),
+        pytest.param("NixlPushConnector", {}, 1, marks=NIXL),
         (
             "MultiConnector",
             {
@@ -378,10 +379,11 @@ def test_what_is_carried_is_pages_and_no_window(tmp_path, worker, name, extra, t
 
 
 @NIXL
-def test_nixl_tells_pages_apart(tmp_path, worker):
+@pytest.mark.parametrize("name", ["NixlConnector", "NixlPushConnector"])
+def test_nixl_tells_pages_apart(tmp_path, worker, name):
     hashes = []
     for settings in ({}, {"window": 8}, {"key_dtype": "int3", "value_dtype": "int4"}):
-        made = construct(tmp_path, "NixlConnector", {}, **settings)
+        made = construct(tmp_path, name, {}, **settings)
         hashes.append(made[KVConnectorRole.WORKER].connector_worker.compat_hash)
         for connector in made.values():
             connector.shutdown()

@@ -20,7 +20,7 @@ from vllm_sparsekv.engine.compat import (
 from vllm_sparsekv.format.fingerprint import origin
 from vllm_sparsekv.settings import SparseKVConfig
 
-NIXL = ("NixlConnector", "NixlPullConnector")
+NIXL = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
 LMCACHE = "LMCacheMPConnector"
 CARRIED = ("OffloadingConnector", "MultiConnector", *NIXL, LMCACHE)
 """``MultiConnector`` if all its own connectors are."""
@@ -41,7 +41,6 @@ REFUSED = {
     "MoRIIOConnector": "refuses the window's cache group",
     "MooncakeConnector": _UNKEYED,
     "MooncakeStoreConnector": _UNKEYED,
-    "NixlPushConnector": "cannot partition the window's blocks; NixlPullConnector does",
     "SimpleCPUOffloadConnector": "is for CUDA alone and untried; OffloadingConnector does the same",
 }
 """vLLM's other connectors, and why."""
