@@ -27,7 +27,7 @@ from engines import engine, first_logprobs, generate, metric, texts
 
 def next_line(core):
     # Steps go on meanwhile, as in a server: they write pages.
-    while not select.select([sys.stdin], [], [], 0.01)[0]:
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
         if core.scheduler.has_requests():
             core.step_fn()
     return sys.stdin.readline()

@@ -114,12 +114,15 @@ def stored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 
 def test_host_memory_keeps_what_the_cache_forgets(model: Path) -> None:
+    """A token has 16 + 2 bytes of int4 keys and 12 + 2 of int3 values in 2 heads of 4 layers."""
     with offloading(model) as llm:
         cold, hit = (ask(llm, [prompt()])[0] for _ in range(2))
         assert (cold.num_cached_tokens, hit.num_cached_tokens) == (0, CACHED)
+        assert metric(llm, "vllm:kv_offload_store_bytes") == CACHED * 32 * 2 * 4
         assert llm.reset_prefix_cache()
         (restored,) = ask(llm, [prompt()])
         assert restored.num_cached_tokens == CACHED
+        assert metric(llm, "vllm:kv_offload_load_bytes") == CACHED * 32 * 2 * 4
         assert_same(restored, hit)
         assert llm.reset_prefix_cache()
         (beyond,) = ask(llm, [[*prompt(), *prompt(1)]])
@@ -165,16 +168,6 @@ def test_state_layers_come_back_too(tmp_path: Path) -> None:
     assert_same(restored, hit)
 
 
-def test_bytes_moved_are_those_of_the_pages(model: Path) -> None:
-    """A token has 16 + 2 bytes of int4 keys and 12 + 2 of int3 values in 2 heads of 4 layers."""
-    with offloading(model) as llm:
-        ask(llm, [prompt()])
-        assert metric(llm, "vllm:kv_offload_store_bytes") == CACHED * 32 * 2 * 4
-        assert llm.reset_prefix_cache()
-        ask(llm, [prompt()])
-        assert metric(llm, "vllm:kv_offload_load_bytes") == CACHED * 32 * 2 * 4
-
-
 def test_a_new_engine_finds_the_files(model: Path, stored: Stored) -> None:
     assert len(stored.files) == CACHED // 64
     with offloading(model, stored.folder) as llm:
@@ -182,6 +175,21 @@ def test_a_new_engine_finds_the_files(model: Path, stored: Stored) -> None:
     assert restored.num_cached_tokens == hit.num_cached_tokens == CACHED
     for answer in (restored, hit):
         assert_same(answer, stored.hit)
+
+
+def test_two_engines_share_a_folder(model: Path, stored: Stored, tmp_path: Path) -> None:
+    """Of equal pages, each reads what the other has computed; one of others reads nothing."""
+    with (
+        offloading(model, tmp_path) as one,
+        offloading(model, tmp_path) as another,
+        offloading(model, tmp_path, SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}) as odd,
+    ):
+        answers = [ask(llm, [prompt()])[0] for llm in (odd, one, another)]
+        back = [ask(llm, [prompt(1)])[0] for llm in (another, one)]
+    assert [answer.num_cached_tokens for answer in answers] == [0, 0, CACHED]
+    assert [answer.num_cached_tokens for answer in back] == [0, CACHED]
+    assert_same(answers[1], stored.cold)
+    assert_same(answers[2], stored.hit)
 
 
 def test_the_window_may_be_another(model: Path, stored: Stored) -> None:
