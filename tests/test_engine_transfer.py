@@ -177,21 +177,6 @@ def test_a_new_engine_finds_the_files(model: Path, stored: Stored) -> None:
         assert_same(answer, stored.hit)
 
 
-def test_two_engines_share_a_folder(model: Path, stored: Stored, tmp_path: Path) -> None:
-    """Of equal pages, each reads what the other has computed; one of others reads nothing."""
-    with (
-        offloading(model, tmp_path) as one,
-        offloading(model, tmp_path) as another,
-        offloading(model, tmp_path, SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}) as odd,
-    ):
-        answers = [ask(llm, [prompt()])[0] for llm in (odd, one, another)]
-        back = [ask(llm, [prompt(1)])[0] for llm in (another, one)]
-    assert [answer.num_cached_tokens for answer in answers] == [0, 0, CACHED]
-    assert [answer.num_cached_tokens for answer in back] == [0, CACHED]
-    assert_same(answers[1], stored.cold)
-    assert_same(answers[2], stored.hit)
-
-
 def test_the_window_may_be_another(model: Path, stored: Stored) -> None:
     with offloading(model, stored.folder, SETTINGS | {"window": 8}) as llm:
         (restored,) = ask(llm, [prompt()])
