@@ -90,7 +90,7 @@ $(NEXT): requirements/next_vllm.py | $(SETUP)
 test-next: $(SETUP) $(NEXT) model
 	PYTHONPATH=$(NEXT) $(BIN)/python -c 'import vllm; assert vllm.__version__ == "0.33.0", vllm.__version__'
 	PYTHONPATH=$(NEXT) $(BIN)/pytest tests/test_planning.py tests/test_planning_parallel.py \
-		tests/test_admission.py tests/test_cache_dtype.py tests/test_metrics.py
+		tests/test_admission.py tests/test_cache_dtype.py tests/test_connectors.py tests/test_metrics.py
 	PYTHONPATH=$(NEXT) $(BIN)/pytest tests/test_engine_features.py \
 		-k "one_request_at_a_time or reset_prefix_cache"
 

@@ -21,6 +21,7 @@ def start(model: str, role: str, port: int) -> None:
     """Once in the process of each engine."""
     global llm
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this is a process of the engine's own
     os.environ["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(port)
     import torch
     from vllm import LLM
@@ -77,6 +78,8 @@ def main() -> None:
         for place, role in enumerate(roles)
     )
     with prefill, decode:
+        for engine in (prefill, decode):  # the second in time: pages are held for half a minute
+            engine.submit(tokens_of, QUESTION, 0).result()
         prompt = prefill.submit(tokens_of, args.document.read_text(), args.tokens).result()
         _, _, seconds, pages = prefill.submit(ask, prompt, 1, {"do_remote_decode": True}).result()
         print(f"prefill: {len(prompt)} tokens computed in {seconds:.2f} s", flush=True)

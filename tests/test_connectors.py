@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,10 @@ def test_the_tables_name_every_connector_and_tier_of_vllm():
 
 
 def test_the_page_on_support_says_the_same():
-    carried = {name: "works" for name in CARRIED} | {"MultiConnector": "works with those that do"}
+    carried = {name: "works" for name in CARRIED} | {
+        "LMCacheMPConnector": "works, as LMCache's own class",
+        "MultiConnector": "works with those that do",
+    }
     refused = {name: f"refused: {reason}" for name, reason in connectors.REFUSED.items()}
     rows = {f"`{name}`": says for name, says in (carried | refused).items()}
     rows |= {f"`OffloadingConnector`, tier `{tier}`": "works" for tier in CARRIED_TIERS}
@@ -118,8 +123,6 @@ def test_a_size_goes_with_tiers_that_are_named():
 
 
 def test_other_backends_of_the_size_are_refused(monkeypatch):
-    message = refusal(None, kv_offloading_size=1, kv_offloading_backend="lmcache")
-    assert message.count("kv_connector='LMCacheMPConnector': ") == 1
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
     assert "kv_connector='SimpleCPUOffloadConnector': " in refusal(None, kv_offloading_size=1)
 
@@ -137,8 +140,8 @@ def test_connectors_of_a_multi_connector_are_seen_to_as_well():
         extra = dict(found["kv_connector_extra_config"])
         assert len(extra.pop(ORIGIN)) == 64
         assert extra == HOST | SPEC
-    other = child | {"kv_connector": "NixlPushConnector"}
-    assert "kv_connector='NixlPushConnector': " in refusal(
+    other = child | {"kv_connector": "MooncakeConnector"}
+    assert "kv_connector='MooncakeConnector': " in refusal(
         "MultiConnector", {"connectors": [child, other]}
     )
 
@@ -337,6 +340,7 @@ def moved(connector: Any) -> list[int]:
         ("OffloadingConnector", HOST, 1),
         pytest.param("NixlConnector", {}, 1, marks=NIXL),
         pytest.param("NixlPullConnector", {}, 1, marks=NIXL),
+        pytest.param("NixlPushConnector", {}, 1, marks=NIXL),
         (
             "MultiConnector",
             {
@@ -375,10 +379,11 @@ def test_what_is_carried_is_pages_and_no_window(tmp_path, worker, name, extra, t
 
 
 @NIXL
-def test_nixl_tells_pages_apart(tmp_path, worker):
+@pytest.mark.parametrize("name", ["NixlConnector", "NixlPushConnector"])
+def test_nixl_tells_pages_apart(tmp_path, worker, name):
     hashes = []
     for settings in ({}, {"window": 8}, {"key_dtype": "int3", "value_dtype": "int4"}):
-        made = construct(tmp_path, "NixlConnector", {}, **settings)
+        made = construct(tmp_path, name, {}, **settings)
         hashes.append(made[KVConnectorRole.WORKER].connector_worker.compat_hash)
         for connector in made.values():
             connector.shutdown()
@@ -388,6 +393,23 @@ def test_nixl_tells_pages_apart(tmp_path, worker):
 def test_nixl_is_named_where_it_is_missing(monkeypatch):
     monkeypatch.setattr(connectors, "is_nixl_available", lambda: False)
     assert "kv_connector='NixlConnector': needs the package nixl" in refusal("NixlConnector", {})
+
+
+def test_lmcache_is_named_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(connectors, "find_spec", lambda name: None)
+    message = refusal(None, kv_offloading_size=1, kv_offloading_backend="lmcache")
+    assert message.count("kv_connector='LMCacheMPConnector': needs the package lmcache") == 1
+
+
+@pytest.mark.skipif(not find_spec("lmcache"), reason="needs lmcache, pip install lmcache")
+@pytest.mark.parametrize("module_path", [None, connectors.LMCACHES_MODULE])
+def test_lmcache_becomes_ours_under_its_name(module_path):
+    config = admitted(connectors.LMCACHE, {"lmcache.mp.port": 1}, module_path=module_path)
+    assert config.kv_connector_module_path == "vllm_sparsekv.engine.transfer.lmcache"
+    assert config.kv_connector_extra_config.keys() == {"lmcache.mp.port", ORIGIN}
+    lmcaches = importlib.import_module(connectors.LMCACHES_MODULE).LMCacheMPConnector
+    assert issubclass(KVConnectorFactory.get_connector_class(config), lmcaches)
+    assert "of a.b: is not known" in refusal(connectors.LMCACHE, {}, module_path="a.b")
 
 
 def test_nixl_with_engines_of_other_pages_is_refused(monkeypatch):

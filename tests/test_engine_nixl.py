@@ -22,12 +22,19 @@ LENGTH = 257
 """Tokens of a prompt: four blocks and the one that every engine computes."""
 
 CODE = """
-import json, sys
+import json, select, sys
 from engines import engine, first_logprobs, generate, metric, texts
+
+def next_line(core):
+    # Steps go on meanwhile, as in a server: they write pages.
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
+        if core.scheduler.has_requests():
+            core.step_fn()
+    return sys.stdin.readline()
 
 with engine(skip_tokenizer_init=True, **json.loads(sys.argv[1])) as llm:
     print("READY", flush=True)
-    for line in sys.stdin:
+    while line := next_line(llm.llm_engine.engine_core.engine_core):
         prompt, params, fresh = json.loads(line)
         assert not fresh or llm.reset_prefix_cache()
         extra = {"extra_args": {"kv_transfer_params": params}} if params else {}
@@ -64,7 +71,9 @@ class Engine:
 
 
 @contextmanager
-def start(model: Path, role: str, log: Path, settings: dict[str, Any]) -> Iterator[Engine]:
+def start(
+    model: Path, role: str, log: Path, settings: dict[str, Any], connector: str = "NixlConnector"
+) -> Iterator[Engine]:
     options = {
         "settings": settings,
         "model": str(model),
@@ -73,7 +82,7 @@ def start(model: Path, role: str, log: Path, settings: dict[str, Any]) -> Iterat
         "block_size": 64,
         "kv_cache_memory_bytes": 1 << 24,
         "kv_transfer_config": {
-            "kv_connector": "NixlConnector",
+            "kv_connector": connector,
             "kv_role": role,
             "kv_load_failure_policy": "recompute",
         },
@@ -125,6 +134,22 @@ def test_pages_are_read_from_the_engine_that_computed_them(
             assert read["cached"] >= 256
             for answer in (read, again):
                 assert_same(answer, hit)
+
+
+def test_pages_are_written_by_the_engine_that_computed_them(model: Path, tmp_path: Path) -> None:
+    """Before it is asked for anything else."""
+    tokens, push = prompt(0, LENGTH), "NixlPushConnector"
+    with (
+        start(model, "kv_producer", tmp_path / "prefill.txt", SETTINGS, push) as prefill,
+        start(model, "kv_consumer", tmp_path / "decode.txt", SETTINGS, push) as decode,
+    ):
+        params = prefill.ask(tokens, {"do_remote_decode": True})["params"]
+        written, again = decode.ask(tokens, params), decode.ask(tokens)
+        hit = prefill.ask(tokens)
+    assert hit["cached"] == again["cached"] == 256
+    assert written["cached"] >= 256
+    for answer in (written, again):
+        assert_same(answer, hit)
 
 
 def test_pages_of_other_settings_are_refused_and_computed(

@@ -114,12 +114,15 @@ def stored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 
 def test_host_memory_keeps_what_the_cache_forgets(model: Path) -> None:
+    """A token has 16 + 2 bytes of int4 keys and 12 + 2 of int3 values in 2 heads of 4 layers."""
     with offloading(model) as llm:
         cold, hit = (ask(llm, [prompt()])[0] for _ in range(2))
         assert (cold.num_cached_tokens, hit.num_cached_tokens) == (0, CACHED)
+        assert metric(llm, "vllm:kv_offload_store_bytes") == CACHED * 32 * 2 * 4
         assert llm.reset_prefix_cache()
         (restored,) = ask(llm, [prompt()])
         assert restored.num_cached_tokens == CACHED
+        assert metric(llm, "vllm:kv_offload_load_bytes") == CACHED * 32 * 2 * 4
         assert_same(restored, hit)
         assert llm.reset_prefix_cache()
         (beyond,) = ask(llm, [[*prompt(), *prompt(1)]])
@@ -163,16 +166,6 @@ def test_state_layers_come_back_too(tmp_path: Path) -> None:
     assert 1250 < block < 2500
     assert [answer.num_cached_tokens for answer in (cold, hit, restored)] == [0, block, block]
     assert_same(restored, hit)
-
-
-def test_bytes_moved_are_those_of_the_pages(model: Path) -> None:
-    """A token has 16 + 2 bytes of int4 keys and 12 + 2 of int3 values in 2 heads of 4 layers."""
-    with offloading(model) as llm:
-        ask(llm, [prompt()])
-        assert metric(llm, "vllm:kv_offload_store_bytes") == CACHED * 32 * 2 * 4
-        assert llm.reset_prefix_cache()
-        ask(llm, [prompt()])
-        assert metric(llm, "vllm:kv_offload_load_bytes") == CACHED * 32 * 2 * 4
 
 
 def test_a_new_engine_finds_the_files(model: Path, stored: Stored) -> None:

@@ -1,4 +1,4 @@
-"""vLLM's NIXL connector, with which an engine reads pages that another has computed.
+"""vLLM's NIXL connectors, with which an engine gets pages that another has computed.
 
 Not imported by the package ``compat`` itself, as only engines that name the connector need it.
 """
@@ -6,20 +6,28 @@ Not imported by the package ``compat`` itself, as only engines that name the con
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import (
+    NixlBaseConnector,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import (
     NixlPullConnector as VllmNixlPullConnector,
+)
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import (
+    NixlPushConnector as VllmNixlPushConnector,
 )
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 __all__ = [
     "KVCacheConfig",
     "KVConnectorRole",
+    "NixlBaseConnector",
     "VllmConfig",
     "VllmNixlPullConnector",
+    "VllmNixlPushConnector",
     "tell_apart",
 ]
 
 
-def tell_apart(connector: VllmNixlPullConnector, pages: str) -> None:
+def tell_apart(connector: NixlBaseConnector, pages: str) -> None:
     """Have a worker's connector refuse engines of other ``pages``, and survive a refusal."""
     worker = connector.connector_worker
     worker.backend_name = f"{worker.backend_name}-{pages}"  # goes into vLLM's compatibility hash

@@ -7,6 +7,7 @@ pages' fingerprint.
 from __future__ import annotations
 
 from copy import copy
+from importlib.util import find_spec
 from typing import Any
 
 from vllm_sparsekv.engine.compat import (
@@ -19,8 +20,9 @@ from vllm_sparsekv.engine.compat import (
 from vllm_sparsekv.format.fingerprint import origin
 from vllm_sparsekv.settings import SparseKVConfig
 
-NIXL = ("NixlConnector", "NixlPullConnector")
-CARRIED = ("OffloadingConnector", "MultiConnector", *NIXL)
+NIXL = ("NixlConnector", "NixlPullConnector", "NixlPushConnector")
+LMCACHE = "LMCacheMPConnector"
+CARRIED = ("OffloadingConnector", "MultiConnector", *NIXL, LMCACHE)
 """``MultiConnector`` if all its own connectors are."""
 
 _ONE_GROUP = "takes one cache group; sparse pages and their window are two"
@@ -36,11 +38,9 @@ REFUSED = {
     "HF3FSKVConnector": _ONE_GROUP,
     "HiSparseConnector": "needs an attention backend of its own",
     "LMCacheConnectorV1": _ONE_GROUP,
-    "LMCacheMPConnector": "takes the window's shape for that of all pages",
     "MoRIIOConnector": "refuses the window's cache group",
     "MooncakeConnector": _UNKEYED,
     "MooncakeStoreConnector": _UNKEYED,
-    "NixlPushConnector": "cannot partition the window's blocks; NixlPullConnector does",
     "SimpleCPUOffloadConnector": "is for CUDA alone and untried; OffloadingConnector does the same",
 }
 """vLLM's other connectors, and why."""
@@ -57,7 +57,13 @@ SPEC = {
     "spec_name": "SparseKVOffloadingSpec",
     "spec_module_path": "vllm_sparsekv.engine.transfer.spec",
 }
-NIXL_MODULE = "vllm_sparsekv.engine.transfer.nixl"
+MODULES = dict.fromkeys(NIXL, "vllm_sparsekv.engine.transfer.nixl") | {
+    LMCACHE: "vllm_sparsekv.engine.transfer.lmcache"
+}
+"""Where the classes are that take the place of vLLM's."""
+
+LMCACHES_MODULE = "lmcache.integration.vllm.lmcache_mp_connector"
+
 ORIGIN = "sparsekv_origin"
 """In ``kv_connector_extra_config``: what :func:`page_origin` returns."""
 
@@ -109,14 +115,17 @@ def _ours(name: str, extra: dict[str, Any], made_of: str) -> dict[str, Any]:
             for child in extra["connectors"]
         ]
         return {_EXTRA: extra | {"connectors": children}}
-    if name in NIXL:
-        return {_EXTRA: extra | {ORIGIN: made_of}, "kv_connector_module_path": NIXL_MODULE}
+    if name in MODULES:
+        return {_EXTRA: extra | {ORIGIN: made_of}, "kv_connector_module_path": MODULES[name]}
     return {_EXTRA: extra | SPEC | {ORIGIN: made_of}}
 
 
 def _check(name: str | None, module_path: str | None, extra: dict[str, Any]) -> None:
-    if name in NIXL and module_path in (None, NIXL_MODULE):
+    if name in NIXL and module_path in (None, MODULES[name]):
         _check_nixl(name, extra)
+        return
+    if name == LMCACHE and module_path in (None, LMCACHES_MODULE, MODULES[name]):
+        _check_lmcache()
         return
     if name not in CARRIED or module_path:
         reason = _UNKNOWN if module_path else REFUSED.get(str(name), _UNKNOWN)
@@ -142,6 +151,13 @@ def _check_nixl(name: str, extra: dict[str, Any]) -> None:
         raise ValueError(
             f"{_EXTRA}.enforce_handshake_compat=False: must be True with "
             f"attention_backend=sparsekv, engines would read pages of other settings as garbage"
+        )
+
+
+def _check_lmcache() -> None:
+    if find_spec("lmcache") is None:
+        raise ValueError(
+            f"kv_connector={LMCACHE!r}: needs the package lmcache (pip install lmcache)"
         )
 
 

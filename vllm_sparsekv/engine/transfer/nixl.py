@@ -1,4 +1,4 @@
-"""vLLM's ``NixlConnector`` for sparse pages: a decoding engine reads what another has computed.
+"""vLLM's NIXL connectors for sparse pages: a decoding engine gets what another has computed.
 
 Pages go, the window stays: slots of a ring that were not written in its own engine have no tag, so
 queries there read the pages. The classes have vLLM's names, for the user gives them.
@@ -14,8 +14,10 @@ import torch
 from vllm_sparsekv.engine.compat.nixl import (
     KVCacheConfig,
     KVConnectorRole,
+    NixlBaseConnector,
     VllmConfig,
     VllmNixlPullConnector,
+    VllmNixlPushConnector,
     tell_apart,
 )
 from vllm_sparsekv.engine.transfer.connectors import ORIGIN
@@ -23,7 +25,7 @@ from vllm_sparsekv.engine.window import RingSpec
 from vllm_sparsekv.format.fingerprint import fingerprint
 
 
-class NixlPullConnector(VllmNixlPullConnector):
+class _Pages(NixlBaseConnector):
     """Between engines whose pages have the same fingerprint and as many ranks; others compute."""
 
     def __init__(
@@ -48,6 +50,14 @@ class NixlPullConnector(VllmNixlPullConnector):
         """Of pages, and of layers that are dense."""
         moved = self._kv_cache_config.transfer_group_index_by_layer
         super().register_kv_caches({name: kv_caches[name] for name in kv_caches if name in moved})
+
+
+class NixlPullConnector(_Pages, VllmNixlPullConnector):
+    """The decoding engine reads."""
+
+
+class NixlPushConnector(_Pages, VllmNixlPushConnector):
+    """The engine that has computed writes."""
 
 
 NixlConnector = NixlPullConnector
