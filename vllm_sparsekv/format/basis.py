@@ -117,11 +117,7 @@ class Basis:
         dtype, mean_dtype = (torch.float16, torch.float32) if on_cpu else (fmt.dtype, fmt.dtype)
         key, to_query = _calibrated(fmt.key, layer.key, device, dtype)
         value, output = _calibrated(fmt.value, layer.value, device, dtype)
-        feedback = (
-            _feedback(fmt.key, layer.key_reader, device, dtype),
-            _feedback(fmt.value, layer.value_reader, device, dtype),
-        )
-        means = (
+        key_mean, value_mean = (
             mean.to(fmt.dtype).to(device, mean_dtype)
             if vector.codec.integer and mean.any()
             else None
@@ -132,8 +128,10 @@ class Basis:
             None if to_query is None else to_query.mT.contiguous(),
             value,
             output,
-            *means,
-            *feedback,
+            key_mean,
+            value_mean,
+            _feedback(fmt.key, layer.key_reader, device, dtype),
+            _feedback(fmt.value, layer.value_reader, device, dtype),
         )
 
     def stored_key(self, key: torch.Tensor) -> torch.Tensor:
