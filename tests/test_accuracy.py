@@ -246,6 +246,8 @@ def test_results_survive_and_resume(tmp_path):
     assert again.has(key) and not again.has(key | {"chunk": 64})
     assert not again.has(key | {"settings": {}})
     assert not again.has(key | {"codec": "00000000"})
+    results.add(key | {"codec": "00000000"}, sums)
+    assert [entry["codec"] for entry in Results(path).entries] == ["00000000"]
     del results.entries[0]["codec"]
     assert not results.has(key)
     assert list(tmp_path.iterdir()) == [path]

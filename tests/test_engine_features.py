@@ -45,7 +45,7 @@ def asynchronous() -> Iterator[None]:
         check(config)
         config.scheduler_config.async_scheduling = True
 
-    with mock.patch.object(CpuPlatform, "check_and_update_config", check_all_but):
+    with mock.patch.object(CpuPlatform, "check_and_update_config", staticmethod(check_all_but)):
         yield
 
 

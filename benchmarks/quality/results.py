@@ -9,7 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-KEYS = ("model", "dtype", "text", "tokens_sha256", "chunk", "method", "window", "settings", "codec")
+SUBJECT = ("model", "dtype", "text", "tokens_sha256", "chunk", "method")
+"""What an evaluation is of; a later one of the same takes the place of an earlier."""
+
+KEYS = (*SUBJECT, "window", "settings", "codec")
 """What makes two evaluations the same one; entries that lack one of them are none."""
 
 
@@ -33,14 +36,19 @@ class Results:
                 raise ValueError(f"{path}: not a result file ({error})") from error
 
     def has(self, key: dict[str, Any]) -> bool:
-        return any(all(entry.get(name) == key[name] for name in KEYS) for entry in self.entries)
+        return any(_agree(entry, key, KEYS) for entry in self.entries)
 
     def add(self, key: dict[str, Any], sums: dict[str, float]) -> None:
+        self.entries = [entry for entry in self.entries if not _agree(entry, key, SUBJECT)]
         self.entries.append(key | sums)
         content = {"machine": machine(), "evaluations": self.entries}
         scratch = self.path.with_suffix(".partial")
         scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(scratch, self.path)
+
+
+def _agree(entry: dict[str, Any], key: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return all(entry.get(name) == key[name] for name in names)
 
 
 def machine() -> dict[str, str]:
