@@ -174,7 +174,9 @@ def some_layers() -> dict[int, LayerBasis]:
     """Of layers 0 and 2."""
     means = vectors(2, 2, HEADS, SIZE)
     return {
-        index: LayerBasis(*torch.eye(SIZE).repeat(2, HEADS, 1, 1), *means[index // 2], *READ_ALIKE)
+        index: LayerBasis(
+            *torch.eye(SIZE).repeat(2, HEADS, 1, 1), *means[index // 2], *READ_ALIKE.clone()
+        )
         for index in (0, 2)
     }
 

@@ -43,7 +43,8 @@ SETTINGS_SHOWN = {
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     options = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
-    with serve(MODEL, SETTINGS, log, *options, "--block-size", "64") as running:
+    options += ["--block-size", "64", "--tool-call-parser", "hermes"]
+    with serve(MODEL, SETTINGS, log, *options) as running:
         yield running
 
 
