@@ -43,8 +43,7 @@ SETTINGS_SHOWN = {
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     options = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
-    options += ["--block-size", "64", "--tool-call-parser", "hermes"]
-    with serve(MODEL, SETTINGS, log, *options) as running:
+    with serve(MODEL, SETTINGS, log, *options, "--block-size", "64") as running:
         yield running
 
 
@@ -115,20 +114,6 @@ def test_json_schema(server: Server) -> None:
         },
     )
     assert_person(answer.choices[0].message.content)
-
-
-def test_tools(server: Server) -> None:
-    answer = client(server).chat.completions.create(
-        model="demo",
-        messages=[{"role": "user", "content": "Remember Alice, who is 30 years old."}],
-        max_tokens=80,
-        temperature=0,
-        tools=[{"type": "function", "function": {"name": "remember", "parameters": PERSON}}],
-        tool_choice={"type": "function", "function": {"name": "remember"}},
-    )
-    (call,) = answer.choices[0].message.tool_calls
-    assert call.function.name == "remember"
-    assert_person(call.function.arguments)
 
 
 def test_log_probabilities(server: Server) -> None:
