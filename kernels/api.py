@@ -146,8 +146,8 @@ def pack(
     _check_vectors(fmt, key=key, value=value)
     _check_pages(pages, key.shape[1], fmt)
     _check_indices(1, torch.int64, slot_mapping=slot_mapping)
-    _check_feedback(fmt.key, key.shape[1], key_feedback=key_feedback)
-    _check_feedback(fmt.value, key.shape[1], value_feedback=value_feedback)
+    _check_feedback("key_feedback", key_feedback, fmt.key, key.shape[1])
+    _check_feedback("value_feedback", value_feedback, fmt.value, key.shape[1])
     implementation(pages.device.type).pack(
         key,
         value,
@@ -375,18 +375,17 @@ def _check_vectors(fmt: SparseFormat, **vectors: torch.Tensor) -> None:
             raise ValueError(f"{name} is {x.dtype}: must be {fmt.dtype}")
 
 
-def _check_feedback(fmt: VectorFormat, kv_heads: int, **feedback: torch.Tensor | None) -> None:
+def _check_feedback(
+    name: str, matrix: torch.Tensor | None, fmt: VectorFormat, kv_heads: int
+) -> None:
     """(num_kv_heads, D, D), of whole integer vectors."""
-    for name, matrix in feedback.items():
-        if matrix is None:
-            continue
-        if not (fmt.codec.integer and fmt.rotated):
-            raise ValueError(f"{name} is given: only whole integer vectors take it, must be None")
-        if matrix.shape != (kv_heads, fmt.head_size, fmt.head_size):
-            raise ValueError(
-                f"{name} has shape {tuple(matrix.shape)}: must be "
-                f"({kv_heads}, {fmt.head_size}, {fmt.head_size})"
-            )
+    if matrix is None:
+        return
+    if not (fmt.codec.integer and fmt.rotated):
+        raise ValueError(f"{name} is given: only whole integer vectors take it, must be None")
+    shape = (kv_heads, fmt.head_size, fmt.head_size)
+    if matrix.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(matrix.shape)}: must be {shape}")
 
 
 def _check_indices(dims: int, dtype: torch.dtype, **indices: torch.Tensor) -> None:

@@ -180,6 +180,15 @@ class Case:
     def write_step(self, ops: Ops = REFERENCE) -> None:
         """What the backend does around attention: pack the step and put it into the window."""
         ops.pack(self.key, self.value, self.slot_mapping, self.pages, self.fmt)
+        self.write_window(ops)
+
+    def step(self, ops: Ops, out: torch.Tensor) -> None:
+        """A layer's whole step, in the order of the backend."""
+        ops.pack(self.key, self.value, self.slot_mapping, self.pages, self.fmt)
+        ops.sparse_attention(*self.attention_args(), out)
+        self.write_window(ops)
+
+    def write_window(self, ops: Ops) -> None:
         if self.window is not None:
             ops.write_window(
                 self.key,

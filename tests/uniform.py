@@ -69,19 +69,7 @@ class Step:
         self.out = torch.empty_like(self.case.query)
 
     def run(self, ops: Ops) -> None:
-        case = self.case
-        ops.pack(case.key, case.value, case.slot_mapping, case.pages, case.fmt)
-        ops.sparse_attention(*case.attention_args(), self.out)
-        ops.write_window(
-            case.key,
-            case.value,
-            case.window,
-            case.query_start_loc,
-            case.seq_lens,
-            case.slot_mapping,
-            case.window_block_table,
-            case.fmt,
-        )
+        self.case.step(ops, self.out)
 
     def load(self, spec: CaseSpec) -> None:
         """Put a batch where the launches look for it; rows beyond its requests are empty."""

@@ -118,18 +118,7 @@ def test_graph_replay_equals_eager(codec, query_len):
     out = torch.empty_like(case.query)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        pack(case.key, case.value, case.slot_mapping, case.pages, case.fmt)
-        sparse_attention(*case.attention_args(), out)
-        write_window(
-            case.key,
-            case.value,
-            case.window,
-            case.query_start_loc,
-            case.seq_lens,
-            case.slot_mapping,
-            case.window_block_table,
-            case.fmt,
-        )
+        case.step(TRITON, out)
     for _ in range(2):
         case.seq_lens.copy_(seq_lens)
         case.window.copy_(window)
