@@ -5,13 +5,14 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
+constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+
 // A run of integers with one scale: value = step * (code - zero), codes 0 .. largest.
 struct IntegerRun {
     float step, zero, largest;
 
     // 0 for NaN.
     float code(float x) const {
-        constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
         float y = x / step + zero;
         y = y > 0 ? y : 0;
         return (y < largest ? y : largest) + ROUND - ROUND;
@@ -23,7 +24,6 @@ struct IntegerRun {
 template <int BITS>
 IntegerRun integer_run(const float* x, int count, uint8_t* scale) {
     constexpr float LARGEST = (1 << BITS) - 1, STEPS = BITS == 4 ? LARGEST : LARGEST + 0.5f, UNITS = 1 << (7 - BITS);
-    constexpr float ROUND = 12582912.f;
     float low = 0, high = 0;
     for (int i = 0; i < count; ++i) {
         // Once a NaN, always a NaN.
