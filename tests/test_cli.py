@@ -13,10 +13,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from engines import MODEL, ROOT
 from test_planning import GEMMA_27B, LLAMA_8B
 
 from vllm_sparsekv.engine import calibrate, cli, doctor, inspection
+from vllm_sparsekv.engine.compat import offline
 from vllm_sparsekv.engine.inspection import Cache, Inspection, Layers
 from vllm_sparsekv.engine.transfer.spec import chunk_bytes
 from vllm_sparsekv.kernels import api
@@ -156,6 +158,30 @@ REFUSED_BY_VLLM = {
     ("--block-size", "1000000"): "block_size=1000000: must be <= 8192, max_model_len",
     ("--kv-transfer-config", '{"kv_connector": "Foo", "kv_role": "kv_both"}'): "Unsupported conn",
 }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "native", "free", "expected"),
+    [
+        ("bfloat16", False, 2**40, True),
+        ("bfloat16", True, 2**40, False),
+        ("float16", False, 2**40, True),
+        ("float32", False, 2**40, False),
+        ("bfloat16", False, 2**20, False),
+    ],
+)
+def test_models_in_a_dtype_that_the_cpu_emulates_are_calibrated_in_float32(
+    dtype: str, native: bool, free: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: native)
+    memory = SimpleNamespace(available=free)
+    monkeypatch.setattr(offline.psutil, "virtual_memory", lambda: memory)
+    assert offline.emulates_dtype({"model": str(MODEL), "dtype": dtype}) is expected
+    if expected:
+        at_edge = 6 * sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
+        for memory.available, enough in ((at_edge, False), (at_edge + 1, True)):
+            assert offline.emulates_dtype({"model": str(MODEL), "dtype": dtype}) is enough
 
 
 @pytest.mark.parametrize("options", REFUSED_BY_VLLM, ids=" ".join)

@@ -15,7 +15,7 @@ import torch
 from vllm_sparsekv.calibration.moments import Moments
 from vllm_sparsekv.format.basis import LayerBasis
 
-METHOD = "2"
+METHOD = "3"
 """Of everything that decides what a basis is: the text, the moments, the balance."""
 
 RIDGE = 3e-2

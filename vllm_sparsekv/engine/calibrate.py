@@ -27,6 +27,7 @@ from safetensors.torch import load
 from vllm_sparsekv.calibration.balance import layer_basis
 from vllm_sparsekv.calibration.moments import Moments
 from vllm_sparsekv.engine.compat import (
+    emulates_dtype,
     first_token,
     offline_engine,
     parse_engine_options,
@@ -39,6 +40,9 @@ from vllm_sparsekv.format.basis_file import BasisFile, write_basis
 
 TOKENS = 8192
 LENGTH = 512
+WRITTEN = 256
+"""Tokens of one text that the model writes; what is read holds several."""
+
 OBSERVER = "vllm_sparsekv.engine.observer.Observer"
 PROGRESS = b"sparsekv progress: "
 """How lines of progress begin that :func:`serve_standard_input` prints."""
@@ -73,14 +77,15 @@ def calibrate(
         ValueError: a text is too short, or the model cannot be calibrated.
         OSError: a text cannot be read, or the file cannot be written.
     """
+    if emulates_dtype(options):
+        options = options | {"dtype": "float32"}
     engine = options | _engine_for(length) | {"skip_tokenizer_init": texts is None}
     with offline_engine(engine) as llm:
         config = llm.llm_engine.vllm_config.model_config
         length = min(length, config.max_model_len - 1)  # it also answers, with one token
         count = tokens // length
         if texts is None:
-            progress(f"the model writes {count} samples of {length} tokens")
-            samples = write_tokens(llm, [first_token(llm, seed) for seed in range(count)], length)
+            samples = _written(llm, count, length, progress)
         else:
             samples = _samples_of(texts, llm.get_tokenizer(), count, length)
         layers = _observe(llm, samples, context or config.max_model_len, progress)
@@ -104,6 +109,16 @@ def _engine_for(length: int) -> dict[str, Any]:
         "max_num_batched_tokens": max(length, 2048),
         "max_num_seqs": 32,
     }
+
+
+def _written(llm: Any, count: int, length: int, progress: Progress) -> list[list[int]]:
+    """``count`` samples of ``length`` tokens, each of texts that the model writes."""
+    each = min(WRITTEN, length)
+    texts = -(-count * length // each)
+    progress(f"the model writes {texts} texts of {each} tokens")
+    written = write_tokens(llm, [first_token(llm, seed) for seed in range(texts)], each)
+    tokens = [token for text in written for token in text]
+    return [tokens[i * length : (i + 1) * length] for i in range(count)]
 
 
 def _samples_of(texts: list[Path], tokenizer: Any, count: int, length: int) -> list[list[int]]:

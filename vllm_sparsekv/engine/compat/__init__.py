@@ -67,6 +67,7 @@ from vllm_sparsekv.engine.compat.layers import (
 )
 from vllm_sparsekv.engine.compat.metrics import Metric, watch_metrics
 from vllm_sparsekv.engine.compat.offline import (
+    emulates_dtype,
     first_token,
     offline_engine,
     read_prompts,
@@ -105,6 +106,7 @@ __all__ = [
     "describe_drafter",
     "describe_model",
     "deselect_backend",
+    "emulates_dtype",
     "engine_arguments",
     "engine_config",
     "first_token",

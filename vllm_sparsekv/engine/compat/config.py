@@ -145,6 +145,13 @@ def has_weights(vllm_config: VllmConfig) -> bool:
     return not Path(model).exists() or bool(_weight_files(model))
 
 
+def weight_bytes(model: ModelConfig) -> int | None:
+    """Of a model's weights on disk; None for a model of a hub."""
+    if not Path(model.model).exists():
+        return None
+    return sum(file.stat().st_size for file in _weight_files(model.model))
+
+
 def _weight_files(model: str) -> list[Path]:
     path = Path(model)
     files = [path] if path.is_file() else sorted(path.iterdir())

@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+import torch
+from vllm.platforms import current_platform
+
+from vllm_sparsekv.engine.compat.config import weight_bytes
+
 
 @contextmanager
 def offline_engine(options: dict[str, Any]) -> Iterator[Any]:
@@ -18,6 +24,30 @@ def offline_engine(options: dict[str, Any]) -> Iterator[Any]:
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+
+
+def emulates_dtype(options: dict[str, Any]) -> bool:
+    """Whether this CPU has no arithmetic in the model's 16 bits, and memory for it in 32.
+
+    Such a model answers several times faster in float32, and no worse.
+
+    Args:
+        options: vLLM's engine options.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    config = EngineArgs(**options).create_model_config()
+    if not current_platform.is_cpu() or config.quantization is not None:
+        return False
+    native = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }.get(config.dtype)
+    size = weight_bytes(config)
+    if native is None or native() or size is None:
+        return False
+    # The weights twice, in 16 bits as they are read and in 32, and as much again for all else.
+    return psutil.virtual_memory().available > 6 * size
 
 
 def first_token(llm: Any, seed: int) -> int:
