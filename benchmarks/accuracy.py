@@ -27,6 +27,7 @@ from pathlib import Path
 from subprocess import CalledProcessError
 
 import torch
+from common import save
 from quality import engine, pareto, tasks
 from quality.attention import RuleModel
 from quality.damaged import DAMAGES, damage
@@ -132,7 +133,7 @@ def stream(path: Path, rows: Callable[[list[tasks.Row]], Iterator[tasks.Row]]) -
     for row in rows(list(done)):
         print(row, flush=True)
         done.append(row)
-        path.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        save(path, done)
     return done
 
 
@@ -176,7 +177,7 @@ def run_engine(args: argparse.Namespace) -> None:
     if args.basis:
         settings["basis"] = str(args.basis)
     rows = engine.compare_routes(args.model, samples, settings, DTYPES[args.dtype])
-    args.out.with_name("engine_accuracy.json").write_text(json.dumps(rows, indent=1) + "\n")
+    save(args.out.with_name("engine_accuracy.json"), rows)
 
 
 def plot(args: argparse.Namespace) -> None:

@@ -8,14 +8,13 @@ Each cache is that of a real engine, started without weights for the same memory
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import machine
+from common import machine, save
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHES: dict[str, dict[str, Any] | None] = {
@@ -81,7 +80,7 @@ def main() -> None:
         report["tokens"][cache] = count
         print(f"{cache}: {count:,} tokens, {count / report['tokens']['dense']:.2f}x", flush=True)
     output = ROOT / "benchmarks" / "results" / f"capacity_{name}.json"
-    output.write_text(json.dumps(report, indent=2) + "\n")
+    save(output, report)
 
 
 if __name__ == "__main__":

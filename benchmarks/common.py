@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import platform
 import statistics
@@ -54,6 +56,41 @@ def interleaved(
         }
         for name, times in milliseconds.items()
     }
+
+
+def save(path: Path, content: Any) -> None:
+    """Write results as JSON: figures of 7 digits, a measurement on a line, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(_text(_rounded(content)) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _text(value: Any, indent: str = "") -> str:
+    if _depth(value) <= 2 and indent:
+        return json.dumps(value)
+    inner = indent + " "
+    if isinstance(value, dict):
+        items = [f"{json.dumps(key)}: {_text(item, inner)}" for key, item in value.items()]
+        begin, end = "{}"
+    else:
+        items = [_text(item, inner) for item in value]
+        begin, end = "[]"
+    return f"{begin}\n" + ",\n".join(inner + item for item in items) + f"\n{indent}{end}"
+
+
+def _depth(value: Any) -> int:
+    if not isinstance(value, dict | list):
+        return 0
+    return 1 + max(map(_depth, value.values() if isinstance(value, dict) else value), default=0)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _rounded(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.7g}") if isinstance(value, float) and math.isfinite(value) else value
 
 
 def machine() -> dict[str, Any]:

@@ -12,7 +12,6 @@ memory bandwidth is that of summing a large tensor in the same run. Results go t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import interleaved, machine, summary
+from common import interleaved, machine, save, summary
 from vllm import _custom_ops as vllm_ops
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
@@ -316,7 +315,7 @@ def main() -> None:
         chunk, results["prompt_chunk"]["attention"], rounds
     )
 
-    args.output.write_text(json.dumps(results, indent=1) + "\n")
+    save(args.output, results)
     plot(results, args.output.with_suffix(".png"))
 
 

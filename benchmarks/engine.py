@@ -21,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import machine, summary
+from common import machine, save, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -125,8 +125,7 @@ def main() -> None:
             f"({speed[1] / speed[0]:.2f}x), prompt {prompt[0]:.2f} -> {prompt[1]:.2f} s"
         )
     print(f"capacity {dense['kv_cache_tokens']:,} -> {sparse['kv_cache_tokens']:,} tokens")
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    save(args.output, report)
 
 
 if __name__ == "__main__":

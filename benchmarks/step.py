@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import machine, summary
+from common import machine, save, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -148,18 +148,12 @@ def main() -> None:
             name = f"{batch} x {context}"
             report["decode"][name] = found = decode(engines, batch, context, seed)
             show(f"decode {name}", found)
-            write(report, output)
+            save(output, report)  # after every row: runs are long
     for context in args.prompt:
         found = first_token(engines, context, PROMPTS.get(context, 2))
         report["first_token"][str(context)] = found
         show(f"prompt {context}", found)
-        write(report, output)
-
-
-def write(report: dict[str, Any], output: Path) -> None:
-    """After every row: runs are long."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=2) + "\n")
+        save(output, report)
 
 
 def cell(text: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from vllm_sparsekv.settings import SparseKVConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import accuracy  # noqa: E402
+from common import save  # noqa: E402
 from quality import pareto, tasks  # noqa: E402
 from quality.attention import RuleModel, rule_attention  # noqa: E402
 from quality.methods import DENSE, Shape, build_methods, sparse  # noqa: E402
@@ -274,7 +275,7 @@ def test_pareto_rows_and_picture(tmp_path, capsys):
     results.add({name: key[name] for name in key if name != "codec"}, sums)
     results.add(*evaluation("fp8", "a", 100.0, length=8192))
     pareto.write(path, "m", METHODS, SHAPE, torch.bfloat16)
-    rows = json.loads((tmp_path / "pareto.json").read_text())
+    rows = pareto.rows(path, "m", METHODS, SHAPE, torch.bfloat16)
     assert [row["method"] for row in rows] == ["sparsekv-balanced", "fp8"]
     assert rows[0]["ppl_ratio"] == pytest.approx(math.exp(0.02), abs=1e-5)
     assert (rows[0]["kl"], rows[0]["top1"]) == (0.02, 0.9)
@@ -284,7 +285,7 @@ def test_pareto_rows_and_picture(tmp_path, capsys):
         "| sparsekv-balanced | 64.1 | 3.99x | 1.0202 ± 0.0100 | 0.0200 | 0.900 | 2 texts, 200 |"
         in (capsys.readouterr().out)
     )
-    assert (tmp_path / "pareto.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_command_refuses_unknown_names(tmp_path, model_path):
@@ -324,9 +325,36 @@ def test_perplexity_command_resumes_and_reports(tmp_path, model_path, monkeypatc
     accuracy.main(command)
     printed = capsys.readouterr().out
     assert "words 1/6" not in printed and printed.count("words 2/6") == 2
-    dense, ours = json.loads((tmp_path / "pareto.json").read_text())
+    shape = RuleModel(str(model_path)).shape
+    methods = build_methods(shape, torch.bfloat16)
+    dense, ours = pareto.rows(out, model_path.name, methods, shape, torch.bfloat16)
     assert (dense["ppl_ratio"], dense["kl"], dense["top1"]) == (1, 0, 1)
     assert dense["texts"]["words"]["tokens"] == 398
     assert ours["method"] == "mustafar-70" and ours["kl"] > 0
     monkeypatch.setattr(RuleModel, "hidden", None)
     accuracy.main(command)
+
+
+def test_results_have_a_line_a_measurement(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    row = {"ms": {"median": 1 / 3, "p20": 0.25}, "list": [1, 2], "nan": math.nan}
+    save(path, {"machine": {"cpu": "x"}, "rows": [row, row], 7: {"a": {"b": row}}})
+    line = '{"ms": {"median": 0.3333333, "p20": 0.25}, "list": [1, 2], "nan": NaN}'
+    assert path.read_text().splitlines() == [
+        "{",
+        ' "machine": {"cpu": "x"},',
+        ' "rows": [',
+        f"  {line},",
+        f"  {line}",
+        " ],",
+        ' "7": {',
+        '  "a": {',
+        f'   "b": {line}',
+        "  }",
+        " }",
+        "}",
+    ]
+    assert [file.name for file in path.parent.iterdir()] == ["results.json"]
+    with pytest.raises(TypeError):
+        save(path, {"rows": [object()]})
+    assert json.loads(path.read_text())["rows"][0]["list"] == [1, 2]

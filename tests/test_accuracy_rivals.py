@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from quality.methods import Shape, build_methods  # noqa: E402
+from quality.attention import rule_attention  # noqa: E402
+from quality.eviction import HeavyHitters  # noqa: E402
+from quality.methods import DENSE, Shape, build_methods  # noqa: E402
 from quality.rivals import hadamard, kvarn, lloyd_max, turboquant  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
@@ -218,6 +221,40 @@ def test_two_of_four_neighbours_survive():
     assert torch.equal(METHODS["2-of-4"].value(x), kept)
     # The two largest of four normals hold 0.8675 of their squares.
     assert relative_error(x, kept) == pytest.approx(0.1325, rel=0.05)
+
+
+def test_heavy_hitters_and_the_newest_tokens_stay():
+    query, key = (vectors(n, 20, 8) for n in (4, 2))
+    gone = HeavyHitters(recent=0.2, heavy=0.3).gone(query, key, scale=0.5)
+    for head in range(2):
+        there, received = [], {}
+        for step in range(20):
+            there.append(step)
+            assert (~gone[head, step, : step + 1]).nonzero().flatten().tolist() == there
+            for q in query[2 * head : 2 * head + 2, step]:
+                p = torch.stack([q @ key[head, j] * 0.5 for j in there]).softmax(0)
+                for j, share in zip(there, p.tolist(), strict=True):
+                    received[j] = received.get(j, 0) + share
+            if len(there) > 10:
+                there.remove(min(there[:-4], key=received.__getitem__))
+    assert not gone[:, :, -1].any() and not gone.triu(1).any()
+
+
+def test_what_left_is_neither_read_nor_counted():
+    query, (key, value) = vectors(4, 20, 8), vectors(2, 2, 20, 8)
+    eviction = HeavyHitters(recent=0.2, heavy=0.3)
+    method = replace(DENSE, eviction=eviction, vector_bytes=32)
+    out = rule_attention(query, key, value, method, torch.float32, 0.5)
+    gone = eviction.gone(query, key, 0.5)
+    seen = ~gone & torch.ones(20, 20).tril().bool()
+    repeated = (x.repeat_interleave(2, 0) for x in (key, value))
+    exact = scaled_dot_product_attention(
+        query, *repeated, attn_mask=seen.repeat_interleave(2, 0), scale=0.5
+    )
+    torch.testing.assert_close(out, exact)
+    assert (out - rule_attention(query, key, value, DENSE, torch.float32, 0.5)).abs().max() > 0.01
+    assert method.token_bytes(32, 4096) == 16
+    assert method.codec(SHAPE, torch.bfloat16) != DENSE.codec(SHAPE, torch.bfloat16)
 
 
 def test_edge_layers_stay_dense():

@@ -62,6 +62,9 @@ def rule_attention(
     first_dense = position // chunk * chunk - method.window
     out = torch.empty_like(grouped)
     window = tokens if sliding_window is None else sliding_window
+    gone = None
+    if method.eviction and sliding_window is None:  # a window's layers are bounded as they are
+        gone = method.eviction.gone(query, cached_key, scale)
     for start in range(0, tokens, TILE):
         end = min(start + TILE, tokens)
         oldest = max(0, start - window + 1)
@@ -77,7 +80,8 @@ def rule_attention(
             near.copy_(torch.where(dense, exact, near))
             if soft_cap is not None:
                 weights.div_(soft_cap).tanh_().mul_(soft_cap)
-            weights.unflatten(0, (-1, end - start)).masked_fill_(hidden, -torch.inf)
+            unseen = hidden if gone is None else hidden | gone[head, start:end, oldest:end]
+            weights.unflatten(0, (-1, end - start)).masked_fill_(unseen, -torch.inf)
             largest = weights.amax(-1, keepdim=True)
             total = 0
             if sinks is not None:

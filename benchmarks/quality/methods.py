@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from quality.eviction import HeavyHitters
 from quality.policies import WINDOW, Magnitude, OutputAware, PerChannel, Policy, Think, TwoOfFour
 from quality.rivals import (
     KVARN_TILE,
@@ -74,6 +75,7 @@ class Method:
         settings: the user's settings where the method is ours.
         layers: the method of each layer where they differ.
         sinks: first tokens of a text that stay dense as well, which ``key`` and ``value`` know.
+        eviction: which tokens leave; what stays is a share of the text.
     """
 
     key: Callable[[Vectors, torch.Tensor], Vectors]
@@ -84,6 +86,7 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     layers: tuple[Method, ...] = ()
     sinks: int = 0
+    eviction: HeavyHitters | None = None
 
     def token_bytes(self, dense_bytes: int, context: int) -> float:
         """Bytes a token and KV head, the window's bytes spread over ``context`` tokens.
@@ -96,7 +99,9 @@ class Method:
             sizes = [layer.token_bytes(dense_bytes, context) for layer in self.layers]
             return sum(sizes) / len(sizes)
         window = self.window * (dense_bytes + TAG_BYTES) / context
-        return self.vector_bytes + window + self.sinks * (dense_bytes - self.vector_bytes) / context
+        sinks = self.sinks * (dense_bytes - self.vector_bytes) / context
+        share = self.eviction.share if self.eviction else 1
+        return self.vector_bytes * share + window + sinks
 
     def codec(self, shape: Shape, dtype: torch.dtype) -> str:
         """8 hexadecimal digits that change with the code or the format of a method.
@@ -117,6 +122,8 @@ class Method:
             )
         )
         facts = [self.vector_bytes, self.window, self.sinks, *(f"{x:.3e}" for x in errors)]
+        if self.eviction:
+            facts.append(self.eviction)
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
 
 
@@ -194,12 +201,27 @@ def build_methods(
             Rows of :mod:`quality.policies` cost what a bitmap and 16-bit survivors would.
     """
     dense_bytes = 2 * shape.head_size * dtype.itemsize
+    dense = replace(DENSE, vector_bytes=dense_bytes)
+    ours = _ours(shape.head_size, dtype, basis)
     return {
-        "dense": replace(DENSE, vector_bytes=dense_bytes),
+        "dense": dense,
         **_quantised(shape, dense_bytes, window),
         **_pruned(shape.head_size, dtype),
-        **_ours(shape.head_size, dtype, basis),
+        **ours,
+        "h2o-20": _evicting(dense),
+        **{f"h2o-20-{name}": _evicting(ours[name]) for name in ON_TOP_OF if name in ours},
     }
+
+
+ON_TOP_OF = ("sparsekv-sparse-50", f"sparsekv-balanced{CALIBRATED}")
+"""What is measured with tokens leaving as well."""
+
+
+def _evicting(method: Method) -> Method:
+    """The same with a fifth of all tokens left, half of them the newest, as Mustafar has it."""
+    eviction = HeavyHitters(0.1, 0.1)
+    layers = tuple(replace(layer, eviction=eviction) for layer in method.layers)
+    return replace(method, layers=layers, eviction=eviction, evaluation_only=True)
 
 
 def _quantised(shape: Shape, dense_bytes: int, window: int) -> dict[str, Method]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -99,11 +98,10 @@ def markdown(table: list[dict[str, object]]) -> str:
 def write(
     path: Path, model: str, methods: dict[str, Method], shape: Shape, dtype: torch.dtype
 ) -> None:
-    """Write ``pareto.json`` and ``pareto.png`` beside ``path`` and print the table."""
+    """Draw the picture beside ``path`` and print the table."""
     table = rows(path, model, methods, shape, dtype)
-    path.with_name("pareto.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(markdown(table))
-    draw([row for row in table if row["method"] != "dense"], path.with_name("pareto.png"))
+    draw([row for row in table if row["method"] != "dense"], path.with_suffix(".png"))
 
 
 def draw(table: list[dict[str, object]], path: Path) -> None:

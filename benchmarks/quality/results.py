@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from common import save
 
 SUBJECT = ("model", "dtype", "text", "tokens_sha256", "chunk", "method")
 """What an evaluation is of; a later one of the same takes the place of an earlier."""
@@ -42,9 +43,7 @@ class Results:
         self.entries = [entry for entry in self.entries if not _agree(entry, key, SUBJECT)]
         self.entries.append(key | sums)
         content = {"machine": machine(), "evaluations": self.entries}
-        scratch = self.path.with_suffix(".partial")
-        scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, self.path)
+        save(self.path, content)
 
 
 def _agree(entry: dict[str, Any], key: dict[str, Any], names: tuple[str, ...]) -> bool:
