@@ -12,7 +12,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model gemma print-model demo test test-unit test-next soak fuzz lint docs wheel bench-engine bench-step bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test test-unit test-next soak fuzz lint docs wheel bench-step bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -29,7 +29,6 @@ help:
 	@echo "make lint          check style and types"
 	@echo "make docs          build the documentation in build/docs; links and warnings are checked"
 	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
-	@echo "make bench-engine  measure the engine, dense against sparse"
 	@echo "make bench-step    measure decode steps and first tokens, both engines step by step in turn"
 	@echo "make bench-kernels  measure the CPU kernels against vLLM's dense CPU attention"
 	@echo "make bench-accuracy  measure what every cache costs in quality, on held-out texts"
@@ -130,11 +129,6 @@ wheel: $(SETUP)
 	$(BIN)/python -m pip wheel . --no-deps --no-build-isolation --wheel-dir dist \
 		$${platform:+-C--build-option=--plat-name=$$platform}; \
 	status=$$?; rm -rf $(PREBUILT); exit $$status
-
-bench-engine: $(SETUP) model
-	$(BIN)/python benchmarks/engine.py
-	$(BIN)/python benchmarks/engine.py --context 4096 7680 --batch 4 --rounds 1 \
-		--output benchmarks/results/engine_long.json
 
 bench-step: $(SETUP) model
 	$(BIN)/python benchmarks/step.py --dtype bfloat16
