@@ -62,7 +62,9 @@ METHODS = {
     "Mustafar 50 %, bf16": "mustafar-50",
     "preset sparse-50": "sparsekv-sparse-50",
     "**preset safe (default without a basis)**": "sparsekv-safe",
+    "int4 per token and head, rotated": "int4-token-head",
     "NVFP4": "nvfp4",
+    "UltraQuant 4-bit, as shipped": "ultraquant_4bit",
     "TurboQuant 4-bit": "turboquant-4",
     "**preset quality**": "sparsekv-quality-calibrated",
     "KVarN K4V2": "kvarn_k4v2_g128",
@@ -71,6 +73,7 @@ METHODS = {
     "**preset balanced (default)**": "sparsekv-balanced-calibrated",
     "**int4_int2 keys, int3 values**": "sparsekv-int4_int2-int3-calibrated",
     "TurboQuant 3-bit": "turboquant-3",
+    "**int3 keys and values**": "sparsekv-int3-int3-calibrated",
     "**preset capacity**": "sparsekv-capacity-calibrated",
 }
 SINKS = {"kvarn_k4v2_g128": 128}
