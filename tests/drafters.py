@@ -92,7 +92,7 @@ def eagle3(target: Path, folder: Path) -> Path:
         head,
         num_hidden_layers=1,
         architectures=["LlamaForCausalLMEagle3"],
-        eagle_config={"eagle_aux_hidden_state_layer_ids": [1, 2, 3], "use_aux_hidden_state": True},
+        eagle_aux_hidden_state_layer_ids=[1, 2, 3],
     )
 
 

@@ -39,12 +39,13 @@ def seen(worker: Any) -> dict[str, Any]:
 
     layers = sparse_layers(worker.worker.vllm_config)
     cache = next(iter(layers.values())).impl.cache
+    mean = cache.basis.key_mean
     return {
         "actor": ray.get_runtime_context().get_actor_id(),
         "platform": type(current_platform).__name__,
         "layers": len(layers),
         "ring": list(cache.window.kv_cache.shape),
-        "key_mean": cache.basis.key_mean.tolist(),
+        "key_mean": None if mean is None else mean.tolist(),
     }
 
 

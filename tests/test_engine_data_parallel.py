@@ -13,6 +13,8 @@ from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
+pytestmark = pytest.mark.usefixtures("engines_in_process")
+
 LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 RANKS = 2
 MAX_TOKENS = 16
@@ -65,6 +67,7 @@ def test_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     }
     with engine(None, **options) as llm:
         expected = texts(generate(llm, prompts(), MAX_TOKENS, detokenize=False))
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")  # a process a rank
     sparse = {
         "attention_backend": "sparsekv",
         "additional_config": {"sparsekv": LOSSLESS},

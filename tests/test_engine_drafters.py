@@ -6,19 +6,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import drafters
-import models
+import drafting
 import pytest
-from engines import engine, generate, metric, texts
+from drafting import LOSSLESS, Run, measure
+from engines import metric
 from vllm import LLM
 from vllm.utils.import_utils import has_arctic_inference
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
-LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 METHODS = [
     "ngram",
     pytest.param(
@@ -32,22 +31,10 @@ METHODS = [
     "eagle3",
     "mtp",
 ]
-LENGTHS = (3, 64, 121, 217, 300)
 BLOCKS = {"eagle": 160, "eagle3": 160, "mtp": 160}
-"""For all of ``LENGTHS``, and fewer than the crowd fills. Where the drafter has one layer, each of
+"""For all of ``LENGTHS``, and fewer than a crowd fills. Where the drafter has one layer, each of
 the target's takes blocks of its own; else 64 do."""
-
-
-class Run(NamedTuple):
-    """What an engine answered.
-
-    Attributes:
-        texts: of the prompts of ``LENGTHS``, read in chunks, and of the last one twice more.
-        drafted: tokens drafted and taken until then.
-    """
-
-    texts: list[list[list[int]]]
-    drafted: tuple[float, float]
+MAX_TOKENS = 40
 
 
 @contextmanager
@@ -62,80 +49,39 @@ def start(
             # the engine gets one; by this class its worker is in it, too.
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
             options["distributed_executor_backend"] = UniProcExecutor
-        with engine(
-            settings,
-            model=str(model),
-            dtype="float32",
-            skip_tokenizer_init=True,
-            max_model_len=512,
-            max_num_batched_tokens=128,
-            num_gpu_blocks_override=BLOCKS.get(method, 64),
-            kv_cache_memory_bytes=1 << 27,
-            speculative_config=speculative,
-            **options,
-        ) as llm:
+        blocks = BLOCKS.get(method, 64)
+        with drafting.start(model, settings, speculative, blocks, **options) as llm:
             yield llm
-
-
-def measure(llm: LLM) -> Run:
-    given = models.prompts(0, LENGTHS)
-    found = [texts(generate(llm, some, 40)) for some in (given, given[-1:], given[-1:])]
-    drafted = tuple(
-        metric(llm, f"vllm:spec_decode_num_{kind}_tokens") for kind in ("draft", "accepted")
-    )
-    # Who is preempted loses drafts, and block sizes decide who is.
-    assert metric(llm, "vllm:num_preemptions") == 0
-    return Run(found, drafted)
 
 
 def crowd(llm: LLM) -> list[list[int]]:
     """Texts of requests that preempt each other."""
-    return texts(generate(llm, models.prompts(1, (60,) * 100), 24))
+    return drafting.crowd(llm, 100, 24)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("drafters")
-    target = drafters.target(made / "llama")
-    drafters.target(made / "mtp", "ernie4_5_moe")
-    for kind in (drafters.draft_model, drafters.eagle, drafters.eagle3):
-        kind(target, made / kind.__name__)
+    drafting.build(made)
     return made
-
-
-@pytest.fixture(scope="module", params=METHODS)
-def method(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture(scope="module")
-def target(folder: Path, method: str) -> Path:
-    return folder / ("mtp" if method == "mtp" else "llama")
-
-
-@pytest.fixture(scope="module")
-def speculative(folder: Path, method: str) -> dict[str, Any]:
-    given = {"method": method, "num_speculative_tokens": 1 if method == "mtp" else drafters.TOKENS}
-    if method == "ngram":
-        given |= {"prompt_lookup_min": 1, "prompt_lookup_max": 3}
-    elif (folder / method).exists() and method != "mtp":
-        given["model"] = str(folder / method)
-    return given
 
 
 @cache
 def plain(target: Path) -> tuple[Run, list[list[int]]]:
     """The dense engine's answers without drafts."""
     with start(target, None) as llm:
-        return measure(llm), crowd(llm)
+        return measure(llm, MAX_TOKENS), crowd(llm)
 
 
-def test_drafts_change_no_text_and_are_taken_as_often(target: Path, speculative: dict) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_drafts_change_no_text_and_are_taken_as_often(folder: Path, method: str) -> None:
+    target = drafting.target(folder, method)
+    speculative = drafting.speculative(folder, method)
     expected, expected_crowd = plain(target)
     with start(target, None, speculative) as llm:
-        dense = measure(llm)
+        dense = measure(llm, MAX_TOKENS)
     with start(target, LOSSLESS, speculative) as llm:
-        sparse = measure(llm)
+        sparse = measure(llm, MAX_TOKENS)
         assert metric(llm, "vllm:prefix_cache_hits") > 0
         assert crowd(llm) == expected_crowd
         assert metric(llm, "vllm:num_preemptions") > 0

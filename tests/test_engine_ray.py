@@ -1,4 +1,4 @@
-"""Tensor parallelism in vLLM's Ray executors gives what one process gives."""
+"""Tensor parallelism in vLLM's Ray executors gives what one process gives, at sparsity 0."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from vllm_sparsekv.format.basis_file import BasisFile, write_basis
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
 SECONDS = 900
+LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,7 @@ def prompts() -> list[list[int]]:
     return models.prompts(0, (200, 90, 7))
 
 
-@pytest.fixture(scope="module")
-def expected(model: Path, settings: dict[str, Any]) -> list[list[int]]:
-    """Texts of one process."""
+def texts_of_one_process(model: Path, settings: dict[str, Any] | None) -> list[list[int]]:
     with engine(settings, **options(model)) as llm:
         return texts(generate(llm, prompts(), ray_engines.MAX_TOKENS, detokenize=False))
 
@@ -89,7 +88,11 @@ def answers(
     first = "vllm.v1.executor.ray_executor"
     executor = f"{first}.RayDistributedExecutor" if importlib.util.find_spec(first) else "ray"
     other_window = options(model) | {"worker_cls": "ray_engines.OtherWindow"}
-    asked = {"equal": equal, "unequal": equal | {"executor": executor, "options": other_window}}
+    asked = {
+        "basis": equal,
+        "none": equal | {"settings": LOSSLESS},
+        "unequal": equal | {"executor": executor, "options": other_window},
+    }
     folder = tmp_path_factory.mktemp("ray")
     (folder / "asked.json").write_text(json.dumps(list(asked.values())))
     run(folder)
@@ -137,9 +140,14 @@ def end_session(leader: subprocess.Popen) -> None:
     leader.wait()
 
 
-def test_texts_are_those_of_one_process(answers, expected, basis):
-    found = answers["equal"]
-    assert found.get("texts") == expected, found.get("error")
+def test_texts_are_those_of_a_dense_engine(answers, model):
+    found = answers["none"]
+    assert found.get("texts") == texts_of_one_process(model, None), found.get("error")
+
+
+def test_with_a_basis_texts_are_those_of_one_process(answers, model, settings, basis):
+    found = answers["basis"]
+    assert found.get("texts") == texts_of_one_process(model, settings), found.get("error")
     assert len({worker["actor"] for worker in found["seen"]}) == ray_engines.RANKS
     means = BasisFile.open(basis).layer(0).key_mean
     for rank, worker in enumerate(found["seen"]):

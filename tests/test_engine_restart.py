@@ -1,4 +1,7 @@
-"""Prefixes survive the processes that computed them: two ranks, killed while they store."""
+"""Two ranks answer as one process does, and prefixes survive the ranks that computed them.
+
+They are killed while they store.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import models
 import pytest
+from engines import first_logprobs, texts
 from programs import program
 from test_engine_transfer import CACHED, SETTINGS, ask, offloading, prompt
 
@@ -20,27 +24,29 @@ pytestmark = pytest.mark.usefixtures("engines_in_process")
 
 CODE = """
 import json, sys
-from engines import engine, first_logprobs, generate
+from engines import engine, first_logprobs, generate, texts
 
 options, prompt = json.loads(sys.argv[1])
 with engine(skip_tokenizer_init=True, **options) as llm:
     for _ in range(2):
-        (output,) = generate(llm, [prompt], 1, logprobs=20)
-        print("ANSWER", json.dumps([output.num_cached_tokens, first_logprobs(output)]), flush=True)
+        outputs = generate(llm, [prompt], 4, logprobs=20)
+        answer = outputs[0].num_cached_tokens, first_logprobs(outputs[0]), texts(outputs)[0]
+        print("ANSWER", json.dumps(answer), flush=True)
     sys.stdin.read()
 """
 
 SEPARATE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
-@contextmanager
-def answers(
-    model: Path, folder: Path, files: int = 0
-) -> Iterator[list[tuple[int, dict[str, float]]]]:
-    """Cached tokens and log-probabilities of a prompt asked twice, by two ranks that are killed.
+class Answer(NamedTuple):
+    cached: int
+    logprobs: dict[str, float]
+    text: list[int]
 
-    They are once ``folder`` has so many ``files``.
-    """
+
+@contextmanager
+def answers(model: Path, folder: Path, files: int = 0) -> Iterator[list[Answer]]:
+    """Of a prompt asked twice, by two ranks that are killed once ``folder`` has so many files."""
     tier = {"type": "fs", "root_dir": str(folder), "n_read_threads": 1, "n_write_threads": 1}
     options: dict[str, Any] = {
         "settings": SETTINGS,
@@ -59,7 +65,7 @@ def answers(
     log = folder.parent / "log.txt"
     with program(CODE, json.dumps([options, prompt()]), log, **SEPARATE) as process:
         lines = (line for line in process.stdout if line.startswith("ANSWER"))
-        found = [tuple(json.loads(line[len("ANSWER") :])) for line in islice(lines, 2)]
+        found = [Answer(*json.loads(line[len("ANSWER") :])) for line in islice(lines, 2)]
         assert len(found) == 2, log.read_text()[-4000:]
         wait_for_files(folder, files, process)
         yield found
@@ -82,14 +88,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_ranks_that_were_killed(model: Path, tmp_path: Path) -> None:
     folder = tmp_path / "files"
     folder.mkdir()
-    with answers(model, folder, CACHED // 64) as ((cold, _), (hit, expected)):
+    with answers(model, folder, CACHED // 64) as (cold, hit):
         pass
-    assert (cold, hit) == (0, CACHED)
-    with answers(model, folder) as ((restored, actual), _):
+    assert (cold.cached, hit.cached) == (0, CACHED)
+    with answers(model, folder) as (restored, _):
         pass
-    assert restored == CACHED
-    assert actual.keys() == expected.keys()
-    assert max(abs(actual[token] - expected[token]) for token in expected) <= 1e-5
+    assert restored.cached == CACHED
+    assert_same(restored, hit)
     with offloading(model, folder) as llm:
         (other,) = ask(llm, [prompt()])
     assert other.num_cached_tokens == 0, "one rank does not read halves"
+    logprobs = {str(token): logprob for token, logprob in first_logprobs(other).items()}
+    assert_same(cold, Answer(0, logprobs, texts([other])[0]))
+
+
+def assert_same(found: Answer, expected: Answer) -> None:
+    assert found.text == expected.text
+    assert found.logprobs.keys() == expected.logprobs.keys()
+    for token, logprob in expected.logprobs.items():
+        assert abs(found.logprobs[token] - logprob) <= 1e-5

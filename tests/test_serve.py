@@ -1,4 +1,7 @@
-"""``vllm serve --attention-backend sparsekv`` as a user runs it, with the openai client."""
+"""``vllm serve --attention-backend sparsekv`` as a user runs it, with the openai client.
+
+Two processes serve the API, so what any test gets either of them may have answered.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 from engines import MODEL
@@ -22,6 +26,8 @@ SETTINGS = {
     "key_dtype": "auto",
     "value_dtype": "auto",
 }
+
+API_SERVERS = 2
 
 SETTINGS_SHOWN = {
     "model_name": "demo",
@@ -43,12 +49,28 @@ SETTINGS_SHOWN = {
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("serve") / "log.txt"
     options = ["--max-model-len", "2048", "--kv-cache-memory-bytes", str(1 << 28)]
+    options += ["--api-server-count", str(API_SERVERS)]
     with serve(MODEL, SETTINGS, log, *options, "--block-size", "64") as running:
         yield running
 
 
 def client(server: Server) -> OpenAI:
     return OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=120)
+
+
+@contextmanager
+def api_server(server: Server, index: int) -> Iterator[None]:
+    """Have one process take all connections: the others are stopped."""
+    others = [p for p in server.tree() if "APIServer" in " ".join(p.cmdline())]
+    assert len(others) == API_SERVERS
+    del others[index]
+    for process in others:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in others:
+            process.resume()
 
 
 def test_start_up_line_is_printed(server: Server) -> None:
@@ -63,6 +85,17 @@ def test_completion(server: Server) -> None:
     )
     assert "Paris" in answer.choices[0].text
     assert answer.usage.completion_tokens == 8
+
+
+def test_every_api_server_answers(server: Server) -> None:
+    answers = []
+    for index in range(API_SERVERS):
+        with api_server(server, index):
+            answer = client(server).completions.create(
+                model="demo", prompt="The capital of Italy is", max_tokens=8, temperature=0
+            )
+        answers.append(answer.choices[0].text)
+    assert "Rome" in answers[0] and answers == [answers[0]] * API_SERVERS
 
 
 def test_streaming_chat(server: Server) -> None:
@@ -144,8 +177,16 @@ def samples(server: Server, prefix: str) -> dict[str, tuple[dict[str, str], floa
 
 
 def test_metrics_of_the_sparse_cache(server: Server) -> None:
-    """A token has 144 bytes in each of 3 heads of 30 layers, a ring two blocks of 64 such."""
-    found = samples(server, "sparsekv:")
+    """A token has 144 bytes in each of 3 heads of 30 layers, a ring two blocks of 64 such.
+
+    All API servers are asked, which say the same once.
+    """
+    asked = []
+    for index in range(API_SERVERS):
+        with api_server(server, index):
+            asked.append(samples(server, "sparsekv:"))
+    found, *same = asked
+    assert same == [found]
     cache, _ = samples(server, "vllm:cache_config_info")["vllm:cache_config_info"]
     labels, one = found.pop("sparsekv:config_info")
     assert one == 1 and labels | SETTINGS_SHOWN == labels
