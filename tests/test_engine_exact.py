@@ -16,6 +16,8 @@ from engines import (
 )
 from vllm import LLM, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("engines_in_process")
+
 LOSSLESS = {
     "key_sparsity": 0,
     "value_sparsity": 0,
@@ -58,15 +60,7 @@ def dense() -> dict[str, dict[int, float]]:
 
 
 @pytest.fixture(scope="module")
-def in_process() -> Iterator[None]:
-    """Keep the scheduler in this process, where its block pool can be read."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        yield
-
-
-@pytest.fixture(scope="module")
-def sparse(dense: dict, in_process: None) -> Iterator[LLM]:
+def sparse(dense: dict) -> Iterator[LLM]:
     with engine(LOSSLESS, **OPTIONS) as llm:
         yield llm
 

@@ -12,29 +12,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import triton
-import triton.language as tl
-import vllm.triton_utils
 from helpers import REFERENCE, CaseSpec, Request, assert_attention, assert_same_bytes, build_case
-
-vllm.triton_utils.triton, vllm.triton_utils.tl = triton, tl  # off on CPUs
-
-from vllm.v1.kv_cache_interface import (  # noqa: E402
+from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
 )
-from vllm.v1.utils import CpuGpuBuffer  # noqa: E402
-from vllm.v1.worker.block_table import MultiGroupBlockTable  # noqa: E402
-from vllm.v1.worker.gpu import buffer_utils  # noqa: E402
-from vllm.v1.worker.gpu.attn_utils import build_attn_metadata  # noqa: E402
-from vllm.v1.worker.gpu.block_table import BlockTables  # noqa: E402
-from vllm.v1.worker.gpu.input_batch import InputBuffers, prepare_pos_seq_lens  # noqa: E402
-from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
-from vllm.v1.worker.utils import AttentionGroup  # noqa: E402
+from vllm.v1.utils import CpuGpuBuffer
+from vllm.v1.worker.block_table import MultiGroupBlockTable
+from vllm.v1.worker.gpu import buffer_utils
+from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.input_batch import InputBuffers, prepare_pos_seq_lens
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.utils import AttentionGroup
 
-from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVMetadataBuilder  # noqa: E402
-from vllm_sparsekv.engine.window import RingSpec, WindowBackend, WindowMetadataBuilder  # noqa: E402
+from vllm_sparsekv.engine.backend import SparseKVBackend, SparseKVMetadataBuilder
+from vllm_sparsekv.engine.window import RingSpec, WindowBackend, WindowMetadataBuilder
 
 buffer_utils.is_uva_available = lambda: False
 CPU = torch.device("cpu")
