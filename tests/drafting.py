@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,16 +49,14 @@ def speculative(folder: Path, method: str) -> dict[str, Any]:
     return given
 
 
-@contextmanager
 def start(
     model: Path,
     settings: dict[str, Any] | None,
     speculative: dict[str, Any] | None,
     blocks: int,
-    **options: Any,
-) -> Iterator[LLM]:
+) -> AbstractContextManager[LLM]:
     """An engine with ``blocks`` in its pool."""
-    with engine(
+    return engine(
         settings,
         model=str(model),
         dtype="float32",
@@ -69,9 +66,7 @@ def start(
         num_gpu_blocks_override=blocks,
         kv_cache_memory_bytes=1 << 27,
         speculative_config=speculative,
-        **options,
-    ) as llm:
-        yield llm
+    )
 
 
 def measure(llm: LLM, max_tokens: int) -> Run:

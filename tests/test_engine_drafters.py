@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from drafting import LOSSLESS, Run, measure
 from engines import metric
 from vllm import LLM
 from vllm.utils.import_utils import has_arctic_inference
-from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
@@ -37,21 +35,11 @@ the target's takes blocks of its own; else 64 do."""
 MAX_TOKENS = 40
 
 
-@contextmanager
 def start(
     model: Path, settings: dict[str, Any] | None, speculative: dict[str, Any] | None = None
-) -> Iterator[LLM]:
-    method = (speculative or {}).get("method", "")
-    options: dict[str, Any] = {}
-    with pytest.MonkeyPatch.context() as patch:
-        if method == "ngram":
-            # It loads numba, and vLLM's CPU build starts no further engine in such a process. So
-            # the engine gets one; by this class its worker is in it, too.
-            patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-            options["distributed_executor_backend"] = UniProcExecutor
-        blocks = BLOCKS.get(method, 64)
-        with drafting.start(model, settings, speculative, blocks, **options) as llm:
-            yield llm
+) -> AbstractContextManager[LLM]:
+    blocks = BLOCKS.get((speculative or {}).get("method", ""), 64)
+    return drafting.start(model, settings, speculative, blocks)
 
 
 def crowd(llm: LLM) -> list[list[int]]:
