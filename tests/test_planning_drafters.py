@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from planning import Layer, build_layers, configure, layer_name, plan
-from transformers import LlamaConfig
 from vllm.config import replace
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
@@ -112,16 +111,6 @@ def test_derived_configurations_are_recognised_in_every_process(tmp_path, basis,
             assert derived.attention_config.backend is None
             assert own.cache_config.block_size == 64
         assert own.attention_config.backend is AttentionBackendEnum["SPARSEKV"]
-
-
-def test_a_tower_s_configuration_is_recognised(tmp_path, basis):
-    """It has layers and heads of its own, which the model's basis does not fit."""
-    config = engine(tmp_path, DRAFTER, {"basis": basis})
-    shape = LlamaConfig(num_hidden_layers=2, hidden_size=320, num_attention_heads=8)
-    tower = config.with_hf_config(shape, ["LlamaForCausalLM"])
-    assert tower.model_config.get_head_size() == 40
-    assert tower.attention_config.backend is AttentionBackendEnum["SPARSEKV"]
-    assert tower.cache_config is config.cache_config and config.cache_config.block_size == 64
 
 
 def test_runner_v1_cannot_run_a_sparse_drafter(tmp_path):
