@@ -13,6 +13,11 @@ from vllm.platforms.cpu import CpuPlatform
 class RayCpuPlatform(CpuPlatform):
     ray_device_key = "GPU"
 
+    @classmethod
+    def device_control_id_to_physical_device_id(cls, device_id: str) -> int:
+        """vLLM 0.33's CPU worker takes it for a memory node; this machine's first."""
+        return 0
+
 
 def activate() -> str:
     return "ray_platform.RayCpuPlatform"
