@@ -1,4 +1,4 @@
-"""Prefixes survive the processes that computed them: two ranks, killed while they store."""
+"""Prefixes survive the processes that computed them, and serve others that live."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from typing import Any
 
 import models
 import pytest
+from engines import first_logprobs, generate
+from peers import assert_same, peer
 from programs import program
-from test_engine_transfer import CACHED, SETTINGS, ask, offloading, prompt
+from test_engine_transfer import CACHED, SETTINGS, ask, offloading, plain, prompt
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
@@ -33,6 +35,24 @@ with engine(skip_tokenizer_init=True, **options) as llm:
 SEPARATE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
+def elsewhere(model: Path, folder: Path) -> dict[str, Any]:
+    """What :func:`test_engine_transfer.offloading` starts, for an engine of another process."""
+    tier = {"type": "fs", "root_dir": str(folder), "n_read_threads": 1, "n_write_threads": 1}
+    return {
+        "settings": SETTINGS,
+        "model": str(model),
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "block_size": 64,
+        "kv_cache_memory_bytes": 1 << 26,
+        "kv_transfer_config": {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [tier]},
+        },
+    }
+
+
 @contextmanager
 def answers(
     model: Path, folder: Path, files: int = 0
@@ -41,21 +61,7 @@ def answers(
 
     They are once ``folder`` has so many ``files``.
     """
-    tier = {"type": "fs", "root_dir": str(folder), "n_read_threads": 1, "n_write_threads": 1}
-    options: dict[str, Any] = {
-        "settings": SETTINGS,
-        "model": str(model),
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "block_size": 64,
-        "kv_cache_memory_bytes": 1 << 26,
-        "tensor_parallel_size": 2,
-        "kv_transfer_config": {
-            "kv_connector": "OffloadingConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [tier]},
-        },
-    }
+    options = elsewhere(model, folder) | {"tensor_parallel_size": 2}
     log = folder.parent / "log.txt"
     with program(CODE, json.dumps([options, prompt()]), log, **SEPARATE) as process:
         lines = (line for line in process.stdout if line.startswith("ANSWER"))
@@ -93,3 +99,45 @@ def test_two_ranks_that_were_killed(model: Path, tmp_path: Path) -> None:
     with offloading(model, folder) as llm:
         (other,) = ask(llm, [prompt()])
     assert other.num_cached_tokens == 0, "one rank does not read halves"
+
+
+def of(output: Any) -> dict[str, Any]:
+    """What a peer says of itself, of an answer here."""
+    logprobs = {str(token): logprob for token, logprob in first_logprobs(output).items()}
+    return {"cached": output.num_cached_tokens, "logprobs": logprobs}
+
+
+def test_two_engines_that_live_share_a_folder(model: Path, tmp_path: Path) -> None:
+    """One here, one elsewhere; then one here with other settings, of pages of the same size."""
+    folder, blocks = tmp_path / "files", CACHED // 64
+    folder.mkdir()
+    with peer(tmp_path / "log.txt", elsewhere(model, folder)) as other:
+        with offloading(model, folder) as llm:
+            cold, hit = (of(ask(llm, [prompt()])[0]) for _ in range(2))
+            read = other.ask(prompt())
+            assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
+            assert_same(read, hit)
+
+            cold, hit = (other.ask(prompt(1)) for _ in range(2))
+            wait_for_files(folder, 2 * blocks, other.process)
+            read = of(ask(llm, [prompt(1)])[0])
+            assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
+            assert_same(read, hit)
+
+            other.tell(prompt(2))  # both write it
+            ask(llm, [prompt(2)])
+            other.answer()
+            wait_for_files(folder, 3 * blocks, other.process)
+            both = [of(ask(llm, [prompt(2)])[0]), other.ask(prompt(2))]
+            assert [answer["cached"] for answer in both] == [CACHED] * 2
+            assert_same(*both)
+            assert len(list(folder.rglob("*.bin"))) == 3 * blocks
+        settings = SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}
+        with offloading(model, folder, settings) as llm:
+            answers = [of(output) for seed in range(3) for output in ask(llm, [prompt(seed)])]
+        with plain(model, settings) as llm:
+            expected = [of(generate(llm, [prompt(seed)], 4, logprobs=20)[0]) for seed in range(3)]
+        assert [answer["cached"] for answer in answers] == [0, 0, 0]
+        for answer, cold in zip(answers, expected, strict=True):
+            assert_same(answer, cold)
+        assert other.ask(prompt(), fresh=True)["cached"] == CACHED
