@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from engines import first_logprobs, texts
 from programs import program
 
 CODE = """
@@ -97,6 +98,12 @@ def peer(log: Path, options: dict[str, Any], **environment: str) -> Iterator[Pee
     } | environment
     with program(CODE, json.dumps(options), log, **environment) as process:
         yield Peer(process, log)
+
+
+def described(output: Any) -> dict[str, Any]:
+    """What a peer would say of an answer of an engine in this process."""
+    logprobs = {str(token): logprob for token, logprob in first_logprobs(output).items()}
+    return {"cached": output.num_cached_tokens, "logprobs": logprobs, "text": texts([output])[0]}
 
 
 def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:

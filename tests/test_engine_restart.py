@@ -13,8 +13,8 @@ from typing import Any
 
 import models
 import pytest
-from engines import first_logprobs, generate
-from peers import assert_same, peer
+from engines import generate
+from peers import assert_same, described, peer
 from programs import program
 from test_engine_transfer import CACHED, SETTINGS, ask, offloading, plain, prompt
 
@@ -101,26 +101,20 @@ def test_two_ranks_that_were_killed(model: Path, tmp_path: Path) -> None:
     assert other.num_cached_tokens == 0, "one rank does not read halves"
 
 
-def of(output: Any) -> dict[str, Any]:
-    """What a peer says of itself, of an answer here."""
-    logprobs = {str(token): logprob for token, logprob in first_logprobs(output).items()}
-    return {"cached": output.num_cached_tokens, "logprobs": logprobs}
-
-
 def test_two_engines_that_live_share_a_folder(model: Path, tmp_path: Path) -> None:
     """One here, one elsewhere; then one here with other settings, of pages of the same size."""
     folder, blocks = tmp_path / "files", CACHED // 64
     folder.mkdir()
     with peer(tmp_path / "log.txt", elsewhere(model, folder)) as other:
         with offloading(model, folder) as llm:
-            cold, hit = (of(ask(llm, [prompt()])[0]) for _ in range(2))
+            cold, hit = (described(ask(llm, [prompt()])[0]) for _ in range(2))
             read = other.ask(prompt())
             assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
             assert_same(read, hit)
 
             cold, hit = (other.ask(prompt(1)) for _ in range(2))
             wait_for_files(folder, 2 * blocks, other.process)
-            read = of(ask(llm, [prompt(1)])[0])
+            read = described(ask(llm, [prompt(1)])[0])
             assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
             assert_same(read, hit)
 
@@ -128,15 +122,19 @@ def test_two_engines_that_live_share_a_folder(model: Path, tmp_path: Path) -> No
             ask(llm, [prompt(2)])
             other.answer()
             wait_for_files(folder, 3 * blocks, other.process)
-            both = [of(ask(llm, [prompt(2)])[0]), other.ask(prompt(2))]
+            both = [described(ask(llm, [prompt(2)])[0]), other.ask(prompt(2))]
             assert [answer["cached"] for answer in both] == [CACHED] * 2
             assert_same(*both)
             assert len(list(folder.rglob("*.bin"))) == 3 * blocks
         settings = SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}
         with offloading(model, folder, settings) as llm:
-            answers = [of(output) for seed in range(3) for output in ask(llm, [prompt(seed)])]
+            answers = [
+                described(output) for seed in range(3) for output in ask(llm, [prompt(seed)])
+            ]
         with plain(model, settings) as llm:
-            expected = [of(generate(llm, [prompt(seed)], 4, logprobs=20)[0]) for seed in range(3)]
+            expected = [
+                described(generate(llm, [prompt(seed)], 4, logprobs=20)[0]) for seed in range(3)
+            ]
         assert [answer["cached"] for answer in answers] == [0, 0, 0]
         for answer, cold in zip(answers, expected, strict=True):
             assert_same(answer, cold)
