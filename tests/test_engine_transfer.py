@@ -213,7 +213,12 @@ def test_other_pages_of_the_same_size_are_not_found(
         settings |= {"key_dtype": "int3", "value_dtype": "int4"}
     else:
         kept = settings | {"basis": basis_file(tmp_path / "kept.safetensors", 1)}
-        folder = Stored(model, tmp_path / "files", settings=kept).folder
+        stored = Stored(model, tmp_path / "files", settings=kept)
+        folder = stored.folder
+        with offloading(model, folder, kept) as llm:
+            (restored,) = ask(llm, [prompt()])
+        assert restored.num_cached_tokens == CACHED
+        assert_same(restored, stored.hit)
         settings["basis"] = basis_file(tmp_path / "other.safetensors", 2)
     with offloading(model, folder, settings) as llm:
         (answer,) = ask(llm, [prompt()])
