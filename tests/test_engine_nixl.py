@@ -132,15 +132,19 @@ def beside(
 
 def test_pages_in_the_host_memory_of_a_peer(model: Path, tmp_path: Path) -> None:
     port, tokens = get_open_port(), prompt(0, LENGTH)
-    source = {"kv_request_id": "one", "remote_host": "127.0.0.1", "remote_port": port}
-    params = {"remote_kv_source": source}
+
+    def of_one(name: str) -> dict[str, Any]:
+        """Requests have names of their own."""
+        source = {"kv_request_id": name, "remote_host": "127.0.0.1", "remote_port": port}
+        return {"remote_kv_source": source}
+
     with beside(model, port, tmp_path / "one.txt") as one:
         cold, hit = one.ask(tokens), one.ask(tokens)
         with beside(model, get_open_port(), tmp_path / "other.txt") as other:
-            read, again = other.ask(tokens, params=params), other.ask(tokens)
+            read, again = other.ask(tokens, params=of_one("read")), other.ask(tokens)
         settings = SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}
         with beside(model, get_open_port(), tmp_path / "third.txt", settings) as third:
-            refused = third.ask(tokens, params=params)
+            refused = third.ask(tokens, params=of_one("refused"))
     with plain(model, settings) as llm:
         expected = described(generate(llm, [tokens], 4, logprobs=20)[0])
     assert [answer["cached"] for answer in (cold, hit, read, again)] == [0, 256, 256, 256]

@@ -108,6 +108,7 @@ def test_two_engines_that_live_share_a_folder(model: Path, tmp_path: Path) -> No
     with peer(tmp_path / "log.txt", elsewhere(model, folder)) as other:
         with offloading(model, folder) as llm:
             cold, hit = (described(ask(llm, [prompt()])[0]) for _ in range(2))
+            wait_for_files(folder, blocks, other.process)
             read = other.ask(prompt())
             assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
             assert_same(read, hit)
