@@ -3,9 +3,10 @@
     python benchmarks/transfer.py [--model FOLDER] [--tokens 2048] [--rounds 4] [--output FILE]
 
 A process computes prompts of so many tokens and one more, and keeps their pages in files. In
-another that starts when it has ended, an engine over these files and one without a connector take
-turns: a kept prompt, a new prompt in either, and decode steps in either. Milliseconds are medians
-with p20 and p80, ratios those of neighbours. Results go to ``benchmarks/results/transfer.json``.
+another that starts when it has ended, an engine over these files, and one without a connector in a
+third, take turns: a kept prompt, a new prompt in either, and decode steps in either. Milliseconds
+are medians with p20 and p80, ratios those of neighbours. Results go to
+``benchmarks/results/transfer.json``.
 """
 
 from __future__ import annotations
@@ -54,7 +55,6 @@ class Engine:
         self.engine = self.llm.llm_engine
         self.vocabulary = range(1000, self.engine.model_config.get_vocab_size())
 
-    @property
     def kept_bytes(self) -> int:
         """Of the pages kept so far, as vLLM counts them."""
         found = (m for m in self.llm.get_metrics() if m.name == "vllm:kv_offload_store_bytes")
@@ -86,50 +86,79 @@ class Engine:
             core.step_fn()
 
 
+class Process:
+    """An engine in a process of its own, as vLLM has one connector a process."""
+
+    def __init__(self, options: dict[str, Any], folder: Path | None = None) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(1, spawn, _start, (options, folder))
+
+    def __call__(self, name: str, *args: Any) -> Any:
+        """What a method of the engine returns."""
+        return self._pool.submit(_call, name, *args).result()
+
+    def end(self) -> None:
+        self._pool.submit(_shutdown).result()
+        self._pool.shutdown()
+
+
+def _start(options: dict[str, Any], folder: Path | None) -> None:
+    global engine
+    engine = Engine(options, folder)
+
+
+def _call(name: str, *args: Any) -> Any:
+    return getattr(engine, name)(*args)
+
+
+def _shutdown() -> None:
+    engine.engine.engine_core.shutdown()
+
+
 def keep(options: dict[str, Any], folder: Path, tokens: int, rounds: int) -> int:
     """Compute prompts and keep them; bytes of their pages."""
-    engine = Engine(options, folder)
+    keeping = Process(options, folder)
     for seed in range(rounds):
-        engine.start(tokens, seed)
+        keeping("start", tokens, seed)
         for _ in range(STEPS):  # vLLM counts in steps
-            engine.step()
-        engine.stop(seed)
-    kept = engine.kept_bytes
-    engine.engine.engine_core.shutdown()
+            keeping("step")
+        keeping("stop", seed)
+    kept = keeping("kept_bytes")
+    keeping.end()
     return kept
 
 
 def measure(options: dict[str, Any], folder: Path, tokens: int, rounds: int) -> dict[str, Any]:
     """Times in seconds by what was done, a list over rounds or steps each."""
-    keeping, plain = Engine(options, folder), Engine(options)
+    keeping, plain = Process(options, folder), Process(options)
     times: dict[str, list[float]] = {
         name: [] for name in ("restored", "computed", "plain", "step", "plain_step")
     }
 
-    def start(name: str, engine: Engine, seed: int, cached: int) -> None:
-        seconds, found = engine.start(tokens, seed)
+    def start(name: str, process: Process, seed: int, cached: int) -> None:
+        seconds, found = process("start", tokens, seed)
         assert found == cached, f"{name}: {found} of {tokens} tokens were cached"
         times[name].append(seconds)
 
-    for engine in (keeping, plain):  # what is done once
-        engine.start(tokens, 2 * rounds)
-        engine.stop(2 * rounds)
+    for process in (keeping, plain):  # what is done once
+        process("start", tokens, 2 * rounds)
+        process("stop", 2 * rounds)
     for seed in range(rounds):
         start("restored", keeping, seed, tokens)
-        keeping.stop(seed)
+        keeping("stop", seed)
         new = rounds + seed
         pair = [("computed", keeping), ("plain", plain)]
-        for name, engine in pair if seed % 2 else pair[::-1]:
-            start(name, engine, new, 0)
+        for name, process in pair if seed % 2 else pair[::-1]:
+            start(name, process, new, 0)
         for _ in range(STEPS):
-            times["step"].append(keeping.step())
-            times["plain_step"].append(plain.step())
-        for engine in (keeping, plain):
-            engine.stop(new)
+            times["step"].append(keeping("step"))
+            times["plain_step"].append(plain("step"))
+        for process in (keeping, plain):
+            process("stop", new)
         shown = (f"{name} {seconds[-1]:.3f} s" for name, seconds in times.items())
         print(f"round {seed}:", ", ".join(shown), flush=True)
-    for engine in (keeping, plain):
-        engine.engine.engine_core.shutdown()
+    for process in (keeping, plain):
+        process.end()
     return times
 
 
@@ -141,12 +170,6 @@ def compare(times: dict[str, list[float]], name: str, other: str) -> dict[str, A
         f"{other}_ms": summary([1e3 * x for x in times[other]]),
         "ratio": summary([a / b for a, b in pairs]),
     }
-
-
-def in_subprocess(function: Any, *args: Any) -> Any:
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=1, mp_context=spawn) as pool:
-        return pool.submit(function, *args).result()
 
 
 def main() -> None:
@@ -175,9 +198,9 @@ def main() -> None:
     report = {"machine": machine(), "arguments": arguments | {"model": Path(args.model).name}}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        pages = in_subprocess(keep, options, folder, args.tokens, args.rounds)
+        pages = keep(options, folder, args.tokens, args.rounds)
         files = [path.stat().st_size for path in folder.rglob("*.bin")]
-        times = in_subprocess(measure, options, folder, args.tokens, args.rounds)
+        times = measure(options, folder, args.tokens, args.rounds)
     report["bytes"] = {
         "token": pages / (args.rounds * args.tokens),
         "pages": pages,
