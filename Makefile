@@ -12,7 +12,7 @@ ifneq ($(TORCH_INDEX),)
 export PIP_EXTRA_INDEX_URL := $(strip $(PIP_EXTRA_INDEX_URL) $(TORCH_INDEX))
 endif
 
-.PHONY: help setup model gemma print-model demo test test-unit test-next soak fuzz lint docs wheel bench-step bench-kernels bench-accuracy clean
+.PHONY: help setup model gemma print-model demo test test-unit test-next soak fuzz lint docs wheel bench-step bench-transfer bench-kernels bench-accuracy clean
 .DELETE_ON_ERROR:
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make docs          build the documentation in build/docs; links and warnings are checked"
 	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
 	@echo "make bench-step    measure decode steps and first tokens, both engines step by step in turn"
+	@echo "make bench-transfer  measure prompts read from files against prompts computed"
 	@echo "make bench-kernels  measure the CPU kernels against vLLM's dense CPU attention"
 	@echo "make bench-accuracy  measure what every cache costs in quality, on held-out texts"
 	@echo "make test-gpu      test the Triton kernels on the GPU; needs torch, triton, pytest"
@@ -133,6 +134,9 @@ wheel: $(SETUP)
 bench-step: $(SETUP) model
 	$(BIN)/python benchmarks/step.py --dtype bfloat16
 	$(BIN)/python benchmarks/step.py --dtype float32
+
+bench-transfer: $(SETUP) model
+	$(BIN)/python benchmarks/transfer.py
 
 bench-kernels: $(SETUP)
 	$(BIN)/python benchmarks/cpu.py

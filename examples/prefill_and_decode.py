@@ -50,6 +50,8 @@ def ask(prompt: list[int], max_tokens: int, transfer: dict) -> tuple[str, int, f
     """Text, cached tokens, seconds, and where the pages are."""
     from vllm import SamplingParams
 
+    # Else what is said to be cached is what was in the first engine.
+    transfer.pop("remote_prefill_cached_tokens", None)
     start = time.perf_counter()
     params = SamplingParams(
         temperature=0, max_tokens=max_tokens, extra_args={"kv_transfer_params": transfer}

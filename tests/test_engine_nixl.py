@@ -2,100 +2,51 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
-from programs import program
-from test_engine_transfer import SETTINGS, prompt
+from engines import generate
+from peers import Peer, assert_same, described, peer
+from test_engine_transfer import PAGES, SETTINGS, plain, prompt
 from vllm.distributed.nixl_utils import is_nixl_available
 from vllm.utils.network_utils import get_open_port
 
-pytestmark = pytest.mark.skipif(not is_nixl_available(), reason="needs nixl, pip install nixl")
+pytestmark = [
+    pytest.mark.skipif(not is_nixl_available(), reason="needs nixl, pip install nixl"),
+    pytest.mark.usefixtures("engines_in_process"),
+]
 
 LENGTH = 257
 """Tokens of a prompt: four blocks and the one that every engine computes."""
 
-CODE = """
-import json, select, sys
-from engines import engine, first_logprobs, generate, metric, texts
 
-def next_line(core):
-    # Steps go on meanwhile, as in a server: they write pages.
-    while not select.select([sys.stdin], [], [], 0.05)[0]:
-        if core.scheduler.has_requests():
-            core.step_fn()
-    return sys.stdin.readline()
-
-with engine(skip_tokenizer_init=True, **json.loads(sys.argv[1])) as llm:
-    print("READY", flush=True)
-    while line := next_line(llm.llm_engine.engine_core.engine_core):
-        prompt, params, fresh = json.loads(line)
-        assert not fresh or llm.reset_prefix_cache()
-        extra = {"extra_args": {"kv_transfer_params": params}} if params else {}
-        (output,) = generate(llm, [prompt], 4, logprobs=20, **extra)
-        answer = {
-            "cached": output.num_cached_tokens,
-            "logprobs": first_logprobs(output),
-            "text": texts([output])[0],
-            "params": output.kv_transfer_params,
-        }
-        print("ANSWER", json.dumps(answer), flush=True)
-"""
-
-
-class Engine:
-    """One in a process of its own."""
-
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self._process, self._log = process, log
-        self._read("READY")
-
-    def ask(
-        self, prompt: list[int], params: dict[str, Any] | None = None, fresh: bool = False
-    ) -> dict[str, Any]:
-        """Once everything cached is forgotten, if ``fresh``."""
-        print(json.dumps([prompt, params, fresh]), file=self._process.stdin, flush=True)
-        return json.loads(self._read("ANSWER"))
-
-    def _read(self, word: str) -> str:
-        for line in self._process.stdout:
-            if line.startswith(word):
-                return line[len(word) :]
-        raise AssertionError(self._log.read_text()[-4000:])
-
-
-@contextmanager
-def start(
-    model: Path, role: str, log: Path, settings: dict[str, Any], connector: str = "NixlConnector"
-) -> Iterator[Engine]:
-    options = {
+def options(model: Path, settings: dict[str, Any], **connector: Any) -> dict[str, Any]:
+    return {
         "settings": settings,
         "model": str(model),
         "dtype": "float32",
         "max_model_len": 1024,
         "block_size": 64,
         "kv_cache_memory_bytes": 1 << 24,
-        "kv_transfer_config": {
-            "kv_connector": connector,
-            "kv_role": role,
-            "kv_load_failure_policy": "recompute",
-        },
+        "kv_transfer_config": connector,
     }
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_NIXL_SIDE_CHANNEL_PORT": str(get_open_port()),
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "TORCHDYNAMO_DISABLE": "1",
-    }
-    with program(CODE, json.dumps(options), log, **environment) as process:
-        yield Engine(process, log)
+
+
+def start(
+    model: Path, role: str, log: Path, settings: dict[str, Any], connector: str = "NixlConnector"
+) -> AbstractContextManager[Peer]:
+    given = options(
+        model,
+        settings,
+        kv_connector=connector,
+        kv_role=role,
+        kv_load_failure_policy="recompute",
+    )
+    return peer(log, given, VLLM_NIXL_SIDE_CHANNEL_PORT=str(get_open_port()))
 
 
 @pytest.fixture(scope="module")
@@ -104,36 +55,38 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def prefill(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+def prefill(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
     log = tmp_path_factory.mktemp("prefill") / "log.txt"
     with start(model, "kv_producer", log, SETTINGS) as engine:
         yield engine
 
 
-def computed(prefill: Engine, tokens: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the first engine says with the prompt in its cache, and where its pages are."""
-    params = prefill.ask(tokens, {"do_remote_decode": True, "do_remote_prefill": False})["params"]
+def pages_of(prefill: Peer, tokens: list[int]) -> dict[str, Any]:
+    """Where the first engine has a prompt's pages; asked for one token, as proxies do."""
+    params = prefill.ask(tokens, params={"do_remote_decode": True}, max_tokens=1)["params"]
     assert params["do_remote_prefill"] and len(params["remote_block_ids"]) == 1, "pages, no window"
-    return prefill.ask(tokens), params
-
-
-def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert actual["logprobs"].keys() == expected["logprobs"].keys()
-    for token, logprob in expected["logprobs"].items():
-        assert abs(actual["logprobs"][token] - logprob) <= 1e-5
+    # vLLM has the second engine say this for its own: what was cached in the first.
+    assert params.pop("remote_prefill_cached_tokens") == 0
+    return params
 
 
 def test_pages_are_read_from_the_engine_that_computed_them(
-    model: Path, prefill: Engine, tmp_path: Path
+    model: Path, prefill: Peer, tmp_path: Path
 ) -> None:
     with start(model, "kv_consumer", tmp_path / "log.txt", SETTINGS | {"window": 8}) as decode:
         for seed in range(2):
-            hit, params = computed(prefill, prompt(seed, LENGTH))
-            read, again = decode.ask(prompt(seed, LENGTH), params), decode.ask(prompt(seed, LENGTH))
+            params = pages_of(prefill, prompt(seed, LENGTH))
+            hit = prefill.ask(prompt(seed, LENGTH))
+            read = decode.ask(prompt(seed, LENGTH), params=params)
+            again = decode.ask(prompt(seed, LENGTH))
             assert hit["cached"] == again["cached"] == 256
-            assert read["cached"] >= 256
+            assert read["cached"] == LENGTH
+            assert read["moved"] == again["moved"] == (seed + 1) * 5 * PAGES
             for answer in (read, again):
                 assert_same(answer, hit)
+        other = pages_of(prefill, prompt(2, LENGTH)) | {"remote_prefill_cached_tokens": 0}
+        read = decode.ask(prompt(2, LENGTH), params=other)
+        assert (read["cached"], read["moved"]) == (0, 3 * 5 * PAGES), "what the first engine says"
 
 
 def test_pages_are_written_by_the_engine_that_computed_them(model: Path, tmp_path: Path) -> None:
@@ -143,24 +96,59 @@ def test_pages_are_written_by_the_engine_that_computed_them(model: Path, tmp_pat
         start(model, "kv_producer", tmp_path / "prefill.txt", SETTINGS, push) as prefill,
         start(model, "kv_consumer", tmp_path / "decode.txt", SETTINGS, push) as decode,
     ):
-        params = prefill.ask(tokens, {"do_remote_decode": True})["params"]
-        written, again = decode.ask(tokens, params), decode.ask(tokens)
+        params = pages_of(prefill, tokens)
+        written, again = decode.ask(tokens, params=params), decode.ask(tokens)
         hit = prefill.ask(tokens)
     assert hit["cached"] == again["cached"] == 256
-    assert written["cached"] >= 256
+    assert written["cached"] == LENGTH
     for answer in (written, again):
         assert_same(answer, hit)
 
 
 def test_pages_of_other_settings_are_refused_and_computed(
-    model: Path, prefill: Engine, tmp_path: Path
+    model: Path, prefill: Peer, tmp_path: Path
 ) -> None:
     """Those of these settings have the same size."""
     settings = SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}
     with start(model, "kv_consumer", tmp_path / "log.txt", settings) as decode:
-        _, params = computed(prefill, prompt(2, LENGTH))
-        answer, hit = decode.ask(prompt(2, LENGTH), params), decode.ask(prompt(2, LENGTH))
-        cold = decode.ask(prompt(2, LENGTH), fresh=True)
+        params = pages_of(prefill, prompt(3, LENGTH))
+        answer, hit = decode.ask(prompt(3, LENGTH), params=params), decode.ask(prompt(3, LENGTH))
+        cold = decode.ask(prompt(3, LENGTH), fresh=True)
     assert "NIXL compatibility hash mismatch" in (tmp_path / "log.txt").read_text()
     assert (answer["cached"], hit["cached"], cold["cached"]) == (0, 256, 0)
+    assert (answer["moved"], cold["moved"]) == (0, 0)
     assert_same(answer, cold)
+
+
+def beside(
+    model: Path, port: int, log: Path, settings: dict[str, Any] = SETTINGS
+) -> AbstractContextManager[Peer]:
+    """An engine whose host memory others read, and that reads theirs."""
+    tier = {"type": "p2p", "host": "127.0.0.1", "port": port}
+    extra = {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [tier]}
+    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    return peer(log, options(model, settings, **connector, kv_connector_extra_config=extra))
+
+
+def test_pages_in_the_host_memory_of_a_peer(model: Path, tmp_path: Path) -> None:
+    port, tokens = get_open_port(), prompt(0, LENGTH)
+
+    def of_one(name: str) -> dict[str, Any]:
+        """Requests have names of their own."""
+        source = {"kv_request_id": name, "remote_host": "127.0.0.1", "remote_port": port}
+        return {"remote_kv_source": source}
+
+    with beside(model, port, tmp_path / "one.txt") as one:
+        cold, hit = one.ask(tokens), one.ask(tokens)
+        with beside(model, get_open_port(), tmp_path / "other.txt") as other:
+            read, again = other.ask(tokens, params=of_one("read")), other.ask(tokens)
+        settings = SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}
+        with beside(model, get_open_port(), tmp_path / "third.txt", settings) as third:
+            refused = third.ask(tokens, params=of_one("refused"))
+    with plain(model, settings) as llm:
+        expected = described(generate(llm, [tokens], 4, logprobs=20)[0])
+    assert [answer["cached"] for answer in (cold, hit, read, again)] == [0, 256, 256, 256]
+    for answer in (read, again):
+        assert_same(answer, hit)
+    assert refused["cached"] == 0
+    assert_same(refused, expected)

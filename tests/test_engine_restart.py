@@ -1,7 +1,5 @@
-"""Two ranks answer as one process does, and prefixes survive the ranks that computed them.
-
-They are killed while they store.
-"""
+"""Two ranks answer as one process does; prefixes survive those that computed them, killed while
+they store, and serve others that live."""
 
 from __future__ import annotations
 
@@ -12,60 +10,59 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import models
 import pytest
-from engines import first_logprobs, texts
+from engines import generate
+from peers import assert_same, described, peer
 from programs import program
-from test_engine_transfer import CACHED, SETTINGS, ask, offloading, prompt
+from test_engine_transfer import CACHED, SETTINGS, ask, offloading, plain, prompt
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
 CODE = """
 import json, sys
-from engines import engine, first_logprobs, generate, texts
+from engines import engine, generate
+from peers import described
 
 options, prompt = json.loads(sys.argv[1])
 with engine(skip_tokenizer_init=True, **options) as llm:
     for _ in range(2):
-        outputs = generate(llm, [prompt], 4, logprobs=20)
-        answer = outputs[0].num_cached_tokens, first_logprobs(outputs[0]), texts(outputs)[0]
-        print("ANSWER", json.dumps(answer), flush=True)
+        (output,) = generate(llm, [prompt], 4, logprobs=20)
+        print("ANSWER", json.dumps(described(output)), flush=True)
     sys.stdin.read()
 """
 
 SEPARATE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
-class Answer(NamedTuple):
-    cached: int
-    logprobs: dict[str, float]
-    text: list[int]
-
-
-@contextmanager
-def answers(model: Path, folder: Path, files: int = 0) -> Iterator[list[Answer]]:
-    """Of a prompt asked twice, by two ranks that are killed once ``folder`` has so many files."""
+def elsewhere(model: Path, folder: Path) -> dict[str, Any]:
+    """What :func:`test_engine_transfer.offloading` starts, for an engine of another process."""
     tier = {"type": "fs", "root_dir": str(folder), "n_read_threads": 1, "n_write_threads": 1}
-    options: dict[str, Any] = {
+    return {
         "settings": SETTINGS,
         "model": str(model),
         "dtype": "float32",
         "max_model_len": 1024,
         "block_size": 64,
         "kv_cache_memory_bytes": 1 << 26,
-        "tensor_parallel_size": 2,
         "kv_transfer_config": {
             "kv_connector": "OffloadingConnector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [tier]},
         },
     }
+
+
+@contextmanager
+def answers(model: Path, folder: Path, files: int = 0) -> Iterator[list[dict[str, Any]]]:
+    """Of a prompt asked twice, by two ranks that are killed once ``folder`` has so many files."""
+    options = elsewhere(model, folder) | {"tensor_parallel_size": 2}
     log = folder.parent / "log.txt"
     with program(CODE, json.dumps([options, prompt()]), log, **SEPARATE) as process:
         lines = (line for line in process.stdout if line.startswith("ANSWER"))
-        found = [Answer(*json.loads(line[len("ANSWER") :])) for line in islice(lines, 2)]
+        found = [json.loads(line[len("ANSWER") :]) for line in islice(lines, 2)]
         assert len(found) == 2, log.read_text()[-4000:]
         wait_for_files(folder, files, process)
         yield found
@@ -90,20 +87,54 @@ def test_two_ranks_that_were_killed(model: Path, tmp_path: Path) -> None:
     folder.mkdir()
     with answers(model, folder, CACHED // 64) as (cold, hit):
         pass
-    assert (cold.cached, hit.cached) == (0, CACHED)
+    assert (cold["cached"], hit["cached"]) == (0, CACHED)
     with answers(model, folder) as (restored, _):
         pass
-    assert restored.cached == CACHED
+    assert restored["cached"] == CACHED
     assert_same(restored, hit)
     with offloading(model, folder) as llm:
-        (other,) = ask(llm, [prompt()])
-    assert other.num_cached_tokens == 0, "one rank does not read halves"
-    logprobs = {str(token): logprob for token, logprob in first_logprobs(other).items()}
-    assert_same(cold, Answer(0, logprobs, texts([other])[0]))
+        one = described(ask(llm, [prompt()])[0])
+    assert one["cached"] == 0, "one rank does not read halves"
+    assert_same(cold, one)
+    assert cold["text"] == one["text"]
 
 
-def assert_same(found: Answer, expected: Answer) -> None:
-    assert found.text == expected.text
-    assert found.logprobs.keys() == expected.logprobs.keys()
-    for token, logprob in expected.logprobs.items():
-        assert abs(found.logprobs[token] - logprob) <= 1e-5
+def test_two_engines_that_live_share_a_folder(model: Path, tmp_path: Path) -> None:
+    """One here, one elsewhere; then one here with other settings, of pages of the same size."""
+    folder, blocks = tmp_path / "files", CACHED // 64
+    folder.mkdir()
+    with peer(tmp_path / "log.txt", elsewhere(model, folder)) as other:
+        with offloading(model, folder) as llm:
+            cold, hit = (described(ask(llm, [prompt()])[0]) for _ in range(2))
+            wait_for_files(folder, blocks, other.process)
+            read = other.ask(prompt())
+            assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
+            assert_same(read, hit)
+
+            cold, hit = (other.ask(prompt(1)) for _ in range(2))
+            wait_for_files(folder, 2 * blocks, other.process)
+            read = described(ask(llm, [prompt(1)])[0])
+            assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
+            assert_same(read, hit)
+
+            other.tell(prompt(2))  # both write it
+            ask(llm, [prompt(2)])
+            other.answer()
+            wait_for_files(folder, 3 * blocks, other.process)
+            both = [described(ask(llm, [prompt(2)])[0]), other.ask(prompt(2))]
+            assert [answer["cached"] for answer in both] == [CACHED] * 2
+            assert_same(*both)
+            assert len(list(folder.rglob("*.bin"))) == 3 * blocks
+        settings = SETTINGS | {"key_dtype": "int3", "value_dtype": "int4"}
+        with offloading(model, folder, settings) as llm:
+            answers = [
+                described(output) for seed in range(3) for output in ask(llm, [prompt(seed)])
+            ]
+        with plain(model, settings) as llm:
+            expected = [
+                described(generate(llm, [prompt(seed)], 4, logprobs=20)[0]) for seed in range(3)
+            ]
+        assert [answer["cached"] for answer in answers] == [0, 0, 0]
+        for answer, cold in zip(answers, expected, strict=True):
+            assert_same(answer, cold)
+        assert other.ask(prompt(), fresh=True)["cached"] == CACHED

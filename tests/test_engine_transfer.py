@@ -28,6 +28,10 @@ pytestmark = pytest.mark.usefixtures("engines_in_process")
 SETTINGS = {"basis": "none", "key_dtype": "int4", "value_dtype": "int3", "window": 24}
 PROMPT, CACHED = 300, 256
 """Tokens, and those that fill blocks of 64."""
+PAGES = 64 * 32 * 2 * 4
+"""Bytes of a block: a token has 16 + 2 of int4 keys, 12 + 2 of int3 values, 2 heads, 4 layers."""
+CHUNK = 4096 * math.ceil((PAGES + SEAL.size) / 4096)
+"""Bytes of a block in host memory and in a file."""
 
 
 @pytest.fixture(scope="module")
@@ -114,15 +118,14 @@ def stored(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stored:
 
 
 def test_host_memory_keeps_what_the_cache_forgets(model: Path) -> None:
-    """A token has 16 + 2 bytes of int4 keys and 12 + 2 of int3 values in 2 heads of 4 layers."""
     with offloading(model) as llm:
         cold, hit = (ask(llm, [prompt()])[0] for _ in range(2))
         assert (cold.num_cached_tokens, hit.num_cached_tokens) == (0, CACHED)
-        assert metric(llm, "vllm:kv_offload_store_bytes") == CACHED * 32 * 2 * 4
+        assert metric(llm, "vllm:kv_offload_store_bytes") == CACHED // 64 * PAGES
         assert llm.reset_prefix_cache()
         (restored,) = ask(llm, [prompt()])
         assert restored.num_cached_tokens == CACHED
-        assert metric(llm, "vllm:kv_offload_load_bytes") == CACHED * 32 * 2 * 4
+        assert metric(llm, "vllm:kv_offload_load_bytes") == CACHED // 64 * PAGES
         assert_same(restored, hit)
         assert llm.reset_prefix_cache()
         (beyond,) = ask(llm, [[*prompt(), *prompt(1)]])
@@ -169,7 +172,7 @@ def test_state_layers_come_back_too(tmp_path: Path) -> None:
 
 
 def test_a_new_engine_finds_the_files(model: Path, stored: Stored) -> None:
-    assert len(stored.files) == CACHED // 64
+    assert [path.stat().st_size for path in stored.files] == CACHED // 64 * [CHUNK]
     with offloading(model, stored.folder) as llm:
         restored, hit = (ask(llm, [prompt()])[0] for _ in range(2))
     assert restored.num_cached_tokens == hit.num_cached_tokens == CACHED
@@ -210,7 +213,12 @@ def test_other_pages_of_the_same_size_are_not_found(
         settings |= {"key_dtype": "int3", "value_dtype": "int4"}
     else:
         kept = settings | {"basis": basis_file(tmp_path / "kept.safetensors", 1)}
-        folder = Stored(model, tmp_path / "files", settings=kept).folder
+        stored = Stored(model, tmp_path / "files", settings=kept)
+        folder = stored.folder
+        with offloading(model, folder, kept) as llm:
+            (restored,) = ask(llm, [prompt()])
+        assert restored.num_cached_tokens == CACHED
+        assert_same(restored, stored.hit)
         settings["basis"] = basis_file(tmp_path / "other.safetensors", 2)
     with offloading(model, folder, settings) as llm:
         (answer,) = ask(llm, [prompt()])
@@ -277,8 +285,7 @@ def test_a_full_disk_is_a_miss_later(
 
 def test_what_host_memory_evicts_comes_back_from_files(model: Path, tmp_path: Path) -> None:
     """It holds one prompt of four."""
-    chunk = 4096 * math.ceil((64 * 32 * 2 * 4 + SEAL.size) / 4096)
-    extra = {"cpu_bytes_to_use": 5 * chunk}
+    extra = {"cpu_bytes_to_use": 5 * CHUNK}
     with offloading(model, tmp_path, extra=extra) as llm:
         hits = []
         for seed in range(4):
