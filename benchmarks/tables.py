@@ -167,6 +167,28 @@ def steps_avx2() -> str:
     return markdown([head, ["Gemma-3-270M", *cells]])
 
 
+def transfer() -> str:
+    """Prompts read from files against prompts computed, and what keeping pages costs."""
+    found = read("transfer")
+    restore, size = found["restore"], found["bytes"]
+
+    def row(title: str, measured: dict[str, float], unit: str, scale: float = 1) -> list[str]:
+        median, low, high = (measured[name] / scale for name in ("median", "p20", "p80"))
+        return [title, f"{median:.2f} {unit}", f"{low:.2f} to {high:.2f}"]
+
+    tokens = f"{found['arguments']['tokens']:,}"
+    rows = [
+        ["", "median", "p20 to p80"],
+        row(f"first token of {tokens}, computed", restore["computed_ms"], "s", 1e3),
+        row(f"first token of {tokens}, read from files", restore["restored_ms"], "s", 1e3),
+        row("computed over read", restore["ratio"], "x"),
+        row("computed, kept over without", found["first_token"]["ratio"], "x"),
+        row("decode step, kept over without", found["decode"]["ratio"], "x"),
+        ["bytes of files over bytes of pages", f"{size['ratio']:.4f}", ""],
+    ]
+    return markdown(rows)
+
+
 LATEST = ("50 % auto", "50 % fp8", "30/50 % int4", "int4/int3", "int4_int2/int3")
 TABLES: dict[str, Callable[[], str]] = {
     "capacity": capacity,
@@ -176,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_xeon": lambda: kernels("kernels_xeon", LATEST),
     "steps": steps,
     "steps_avx2": steps_avx2,
+    "transfer": transfer,
 }
 
 

@@ -22,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import machine, summary
+from common import machine, save, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -213,7 +213,7 @@ def main() -> None:
     for name in ("restore", "first_token", "decode"):
         print(name, json.dumps(report[name]))
     print("bytes", report["bytes"])
-    args.output.write_text(json.dumps(report, indent=2) + "\n")
+    save(args.output, report)
 
 
 if __name__ == "__main__":
