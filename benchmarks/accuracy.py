@@ -88,6 +88,7 @@ def perplexity(args: argparse.Namespace) -> None:
     }
     results = Results(args.out)
     codecs = {name: method.codec(model.shape, dtype) for name, method in methods.items()}
+    dense_bytes = 2 * model.head_size * dtype.itemsize
     for index in range(args.samples):
         for text, tokens in samples.items():
             if index >= len(tokens):
@@ -106,6 +107,7 @@ def perplexity(args: argparse.Namespace) -> None:
                     "method": name,
                     "vector_bytes": method.vector_bytes,
                     "window": method.window,
+                    "token_bytes": method.token_bytes(dense_bytes, pareto.SHORT_CONTEXT),
                     "settings": method.settings,
                     "codec": codecs[name],
                 }

@@ -76,25 +76,24 @@ METHODS = {
     "**int3 keys and values**": "sparsekv-int3-int3-calibrated",
     "**preset capacity**": "sparsekv-capacity-calibrated",
 }
-SINKS = {"kvarn_k4v2_g128": 128}
-"""First tokens that a method leaves dense."""
 
 
-def _quality(name: str, method: str, head_size: int, context: int = 4096) -> list[str]:
+def _quality(name: str, method: str, head_size: int) -> list[str]:
     """Bytes against bfloat16, perplexity ratio with its error over texts, KL; blank if unmeasured.
 
-    The window has 8 bytes more a token, its tag.
+    The window's bytes are spread over a context of 4,096 tokens.
     """
     texts = [entry for entry in read(name)["evaluations"] if entry["method"] == method]
     if not texts:
         return [""] * 3
-    dense, stored = 4 * head_size, texts[0]["vector_bytes"]
-    size = stored + texts[0]["window"] * (dense + 8) / context
-    size += SINKS.get(method, 0) * (dense - stored) / context
     losses = [(text["nll"] - text["dense_nll"]) / text["tokens"] for text in texts]
     ratio, kl = math.exp(mean(losses)), mean(text["kl"] / text["tokens"] for text in texts)
     error = ratio * stdev(losses) / len(losses) ** 0.5
-    return [f"{dense / size:.2f}x", f"{ratio:.4f} +- {error:.4f}", f"{kl:.4f}"]
+    return [
+        f"{4 * head_size / texts[0]['token_bytes']:.2f}x",
+        f"{ratio:.4f} +- {error:.4f}",
+        f"{kl:.4f}",
+    ]
 
 
 def quality() -> str:
