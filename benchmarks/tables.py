@@ -1,4 +1,4 @@
-"""Write the tables of ``docs/pages/benchmarks.md`` that follow from ``benchmarks/results``.
+"""Write the tables of the README and the benchmarks' page that follow from ``benchmarks/results``.
 
 ``python benchmarks/tables.py`` fills what is between ``<!-- table NAME -->`` and ``<!-- end -->``.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "pages" / "benchmarks.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "pages" / "benchmarks.md")
 MODELS = {"SmolLM2-135M": "smollm2-135m-instruct", "Gemma-3-270M": "gemma-3-270m"}
 
 
@@ -107,6 +107,38 @@ def quality() -> str:
     return markdown([head, *rows])
 
 
+OVERVIEW = {
+    "fp8": ("fp8", None),
+    "Mustafar 50 %, bf16": ("mustafar-50", None),
+    "NVFP4": ("nvfp4", None),
+    "TurboQuant 4-bit": ("turboquant-4", None),
+    "KVarN K4V2": ("kvarn_k4v2_g128", None),
+    "TurboQuant K 4-bit, V 3-bit": ("turboquant-k4v3", None),
+    "TurboQuant 3-bit": ("turboquant-3", None),
+    "**`sparse-50`**": ("sparsekv-sparse-50", "50 % fp8"),
+    "**`safe`** (default without a basis)": ("sparsekv-safe", None),
+    "**`quality`**": ("sparsekv-quality-calibrated", "quality"),
+    "**`balanced`** (default)": ("sparsekv-balanced-calibrated", "balanced"),
+    "**`capacity`**": ("sparsekv-capacity-calibrated", "capacity"),
+}
+"""Title: its method, and its name among the capacities."""
+
+
+def overview() -> str:
+    """What every cache loses and holds on both models."""
+    head, dense = ["cache"], ["dense bf16"]
+    rows = [[title] for title in OVERVIEW]
+    results = (("accuracy", 64), ("accuracy_gemma", 256))
+    for (title, model), (name, head_size) in zip(MODELS.items(), results, strict=True):
+        tokens = read(f"capacity_{model}")["tokens"]
+        head += [f"{title}, against bf16", "tokens", "ratio", "KL"]
+        dense += ["1.00x", f"{tokens['dense']:,}", "1", "0"]
+        for row, (method, cache) in zip(rows, OVERVIEW.values(), strict=True):
+            size, ratio, kl = _quality(name, method, head_size)
+            row += [size, f"{tokens[cache]:,}" if cache else "", ratio.partition(" ")[0], kl]
+    return markdown([head, dense, *rows])
+
+
 CODECS = {
     "50 % auto": "50 % auto",
     "50 % fp8": "50 % fp8",
@@ -190,6 +222,7 @@ def transfer() -> str:
 
 LATEST = ("50 % auto", "50 % fp8", "30/50 % int4", "int4/int3", "int4_int2/int3")
 TABLES: dict[str, Callable[[], str]] = {
+    "overview": overview,
     "capacity": capacity,
     "quality": quality,
     "kernels": lambda: kernels("kernels", LATEST),
@@ -216,4 +249,5 @@ def fill(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(fill(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(fill(page.read_text()))
