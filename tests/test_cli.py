@@ -16,6 +16,7 @@ import pytest
 import torch
 from engines import MODEL, ROOT
 from test_planning import GEMMA_27B, LLAMA_8B
+from vllm.config import ModelConfig
 
 from vllm_sparsekv.engine import calibrate, cli, doctor, inspection
 from vllm_sparsekv.engine.compat import offline
@@ -177,11 +178,14 @@ def test_models_in_a_dtype_that_the_cpu_emulates_are_calibrated_in_float32(
         monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: native)
     memory = SimpleNamespace(available=free)
     monkeypatch.setattr(offline.psutil, "virtual_memory", lambda: memory)
-    assert offline.emulates_dtype({"model": str(MODEL), "dtype": dtype}) is expected
+    options = {"model": str(MODEL), "dtype": dtype}
+    assert offline.emulates_dtype(options) is expected
     if expected:
         at_edge = 6 * sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
         for memory.available, enough in ((at_edge, False), (at_edge + 1, True)):
-            assert offline.emulates_dtype({"model": str(MODEL), "dtype": dtype}) is enough
+            assert offline.emulates_dtype(options) is enough
+        monkeypatch.setattr(ModelConfig, "is_hybrid", True)
+        assert not offline.emulates_dtype(options)
 
 
 @pytest.mark.parametrize("options", REFUSED_BY_VLLM, ids=" ".join)

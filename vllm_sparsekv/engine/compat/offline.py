@@ -37,7 +37,8 @@ def emulates_dtype(options: dict[str, Any]) -> bool:
     from vllm.engine.arg_utils import EngineArgs
 
     config = EngineArgs(**options).create_model_config()
-    if not current_platform.is_cpu() or config.quantization is not None:
+    # vLLM's state layers have CPU kernels for some dtypes only.
+    if not current_platform.is_cpu() or config.quantization is not None or config.is_hybrid:
         return False
     native = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
