@@ -58,6 +58,15 @@ def interleaved(
     }
 
 
+def run_engines_here() -> None:
+    """Have vLLM start engines in the process that asks, on all its cores, and say errors only."""
+    os.environ |= {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+
+
 def save(path: Path, content: Any) -> None:
     """Write results as JSON: figures of 7 digits, a measurement on a line, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

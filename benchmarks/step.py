@@ -12,13 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
 from pathlib import Path
 from typing import Any
 
-from common import machine, save, summary
+from common import machine, run_engines_here, save, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -119,11 +118,7 @@ def main() -> None:
     model = Path(args.model).name
     output = args.output or RESULTS / f"step_{model}_{args.dtype}.json"
 
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-    }
+    run_engines_here()
     common = {
         "model": args.model,
         "dtype": args.dtype,

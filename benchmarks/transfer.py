@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
 import random
 import tempfile
 import time
@@ -22,7 +21,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import machine, save, summary
+from common import machine, run_engines_here, save, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -181,11 +180,7 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default=SETTINGS)
     parser.add_argument("--output", type=Path, default=RESULTS / "transfer.json")
     args = parser.parse_args()
-    os.environ |= {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-    }
+    run_engines_here()
     options = {
         "model": args.model,
         "dtype": args.dtype,

@@ -79,7 +79,7 @@ def main() -> None:
 
     print("1/2: starting the dense engine, about a minute on a CPU ...", flush=True)
     dense = answer_in_subprocess(model, {})
-    print("2/2: starting the sparse engine; the first time it calibrates, two minutes more ...")
+    print("2/2: starting the sparse engine, two minutes more if it calibrates ...", flush=True)
     sparse = answer_in_subprocess(model, SPARSE)
 
     for question, left, right in zip(QUESTIONS, dense["texts"], sparse["texts"], strict=True):
