@@ -23,7 +23,7 @@ def next_line(core):
             core.step_fn()
     return sys.stdin.readline()
 
-with engine(skip_tokenizer_init=True, **json.loads(sys.argv[1])) as llm:
+with engine(**json.loads(sys.argv[1])) as llm:
     print("READY", flush=True)
     while line := next_line(llm.llm_engine.engine_core.engine_core):
         prompt, max_tokens, params, fresh = json.loads(line)
@@ -106,8 +106,8 @@ def described(output: Any) -> dict[str, Any]:
     return {"cached": output.num_cached_tokens, "logprobs": logprobs, "text": texts([output])[0]}
 
 
-def assert_same(actual: dict[str, Any], expected: dict[str, Any]) -> None:
+def assert_same(actual: dict[str, Any], expected: dict[str, Any], error: float = 1e-5) -> None:
     """Log-probabilities of all candidates for the first token of two answers."""
     assert actual["logprobs"].keys() == expected["logprobs"].keys()
     for token, logprob in expected["logprobs"].items():
-        assert abs(actual["logprobs"][token] - logprob) <= 1e-5
+        assert abs(actual["logprobs"][token] - logprob) <= error

@@ -11,7 +11,7 @@ import models
 import pytest
 from engines import generate
 from peers import Peer, assert_same, described, peer
-from test_engine_transfer import PAGES, SETTINGS, plain, prompt
+from test_engine_transfer import PAGES, SETTINGS, offloading_options, plain, plain_options, prompt
 from vllm.distributed.nixl_utils import is_nixl_available
 from vllm.utils.network_utils import get_open_port
 
@@ -24,27 +24,20 @@ LENGTH = 257
 """Tokens of a prompt: four blocks and the one that every engine computes."""
 
 
-def options(model: Path, settings: dict[str, Any], **connector: Any) -> dict[str, Any]:
-    return {
-        "settings": settings,
-        "model": str(model),
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "block_size": 64,
-        "kv_cache_memory_bytes": 1 << 24,
-        "kv_transfer_config": connector,
-    }
+MEMORY = 1 << 24
+"""Bytes of a cache."""
 
 
 def start(
     model: Path, role: str, log: Path, settings: dict[str, Any], connector: str = "NixlConnector"
 ) -> AbstractContextManager[Peer]:
-    given = options(
-        model,
-        settings,
-        kv_connector=connector,
-        kv_role=role,
-        kv_load_failure_policy="recompute",
+    transfer = {
+        "kv_connector": connector,
+        "kv_role": role,
+        "kv_load_failure_policy": "recompute",
+    }
+    given = plain_options(
+        model, settings, kv_transfer_config=transfer, kv_cache_memory_bytes=MEMORY
     )
     return peer(log, given, VLLM_NIXL_SIDE_CHANNEL_PORT=str(get_open_port()))
 
@@ -125,9 +118,9 @@ def beside(
 ) -> AbstractContextManager[Peer]:
     """An engine whose host memory others read, and that reads theirs."""
     tier = {"type": "p2p", "host": "127.0.0.1", "port": port}
-    extra = {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [tier]}
-    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
-    return peer(log, options(model, settings, **connector, kv_connector_extra_config=extra))
+    extra = {"secondary_tiers": [tier]}
+    given = offloading_options(model, settings=settings, extra=extra, kv_cache_memory_bytes=MEMORY)
+    return peer(log, given)
 
 
 def test_pages_in_the_host_memory_of_a_peer(model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,15 @@ import pytest
 from engines import generate
 from peers import assert_same, described, peer
 from programs import program
-from test_engine_transfer import CACHED, SETTINGS, ask, offloading, plain, prompt
+from test_engine_transfer import (
+    CACHED,
+    SETTINGS,
+    ask,
+    offloading,
+    offloading_options,
+    plain,
+    prompt,
+)
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
@@ -27,7 +35,7 @@ from engines import engine, generate
 from peers import described
 
 options, prompt = json.loads(sys.argv[1])
-with engine(skip_tokenizer_init=True, **options) as llm:
+with engine(**options) as llm:
     for _ in range(2):
         (output,) = generate(llm, [prompt], 4, logprobs=20)
         print("ANSWER", json.dumps(described(output)), flush=True)
@@ -37,28 +45,10 @@ with engine(skip_tokenizer_init=True, **options) as llm:
 SEPARATE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
 
 
-def elsewhere(model: Path, folder: Path) -> dict[str, Any]:
-    """What :func:`test_engine_transfer.offloading` starts, for an engine of another process."""
-    tier = {"type": "fs", "root_dir": str(folder), "n_read_threads": 1, "n_write_threads": 1}
-    return {
-        "settings": SETTINGS,
-        "model": str(model),
-        "dtype": "float32",
-        "max_model_len": 1024,
-        "block_size": 64,
-        "kv_cache_memory_bytes": 1 << 26,
-        "kv_transfer_config": {
-            "kv_connector": "OffloadingConnector",
-            "kv_role": "kv_both",
-            "kv_connector_extra_config": {"cpu_bytes_to_use": 1 << 24, "secondary_tiers": [tier]},
-        },
-    }
-
-
 @contextmanager
 def answers(model: Path, folder: Path, files: int = 0) -> Iterator[list[dict[str, Any]]]:
     """Of a prompt asked twice, by two ranks that are killed once ``folder`` has so many files."""
-    options = elsewhere(model, folder) | {"tensor_parallel_size": 2}
+    options = offloading_options(model, folder, tensor_parallel_size=2)
     log = folder.parent / "log.txt"
     with program(CODE, json.dumps([options, prompt()]), log, **SEPARATE) as process:
         lines = (line for line in process.stdout if line.startswith("ANSWER"))
@@ -103,7 +93,7 @@ def test_two_engines_that_live_share_a_folder(model: Path, tmp_path: Path) -> No
     """One here, one elsewhere; then one here with other settings, of pages of the same size."""
     folder, blocks = tmp_path / "files", CACHED // 64
     folder.mkdir()
-    with peer(tmp_path / "log.txt", elsewhere(model, folder)) as other:
+    with peer(tmp_path / "log.txt", offloading_options(model, folder)) as other:
         with offloading(model, folder) as llm:
             cold, hit = (described(ask(llm, [prompt()])[0]) for _ in range(2))
             wait_for_files(folder, blocks, other.process)

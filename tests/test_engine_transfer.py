@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+import peers
 import pytest
 import torch
 from engines import engine, first_logprobs, generate, metric, texts
@@ -44,25 +45,28 @@ def prompt(seed: int = 0, length: int = PROMPT) -> list[int]:
     return [generator.randrange(3, models.VOCABULARY) for _ in range(length)]
 
 
-def plain(model: Path, settings: dict[str, Any], **options: Any) -> AbstractContextManager[LLM]:
-    """An engine that keeps pages in its cache alone."""
+def plain_options(model: Path, settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Of an engine that keeps pages in its cache alone."""
     common = {
+        "settings": settings,
+        "model": str(model),
+        "skip_tokenizer_init": True,
         "dtype": "float32",
         "max_model_len": 1024,
         "block_size": 64,
         "kv_cache_memory_bytes": 1 << 26,
     }
-    return engine(settings, model=str(model), skip_tokenizer_init=True, **common | options)
+    return common | options
 
 
-def offloading(
+def offloading_options(
     model: Path,
     folder: Path | None = None,
     settings: dict[str, Any] = SETTINGS,
     extra: dict[str, Any] | None = None,
     **options: Any,
-) -> AbstractContextManager[LLM]:
-    """An engine with host memory for its pages, and files in ``folder`` below it."""
+) -> dict[str, Any]:
+    """Of an engine with host memory for its pages, and files in ``folder`` below it."""
     extra = {"cpu_bytes_to_use": 1 << 24} | (extra or {})
     if folder is not None:
         files = {"type": "fs", "root_dir": str(folder), "n_read_threads": 1, "n_write_threads": 1}
@@ -72,7 +76,15 @@ def offloading(
         "kv_role": "kv_both",
         "kv_connector_extra_config": extra,
     }
-    return plain(model, settings, kv_transfer_config=connector, **options)
+    return plain_options(model, settings, kv_transfer_config=connector, **options)
+
+
+def plain(model: Path, settings: dict[str, Any], **options: Any) -> AbstractContextManager[LLM]:
+    return engine(**plain_options(model, settings, **options))
+
+
+def offloading(*args: Any, **options: Any) -> AbstractContextManager[LLM]:
+    return engine(**offloading_options(*args, **options))
 
 
 def ask(llm: LLM, prompts: list[list[int]]) -> list[Any]:
@@ -86,11 +98,9 @@ def ask(llm: LLM, prompts: list[list[int]]) -> list[Any]:
 
 def assert_same(actual: Any, expected: Any, error: float = 1e-5) -> None:
     """Log-probabilities of all candidates, and the text."""
-    actual_logprobs, expected_logprobs = first_logprobs(actual), first_logprobs(expected)
-    assert actual_logprobs.keys() == expected_logprobs.keys()
-    for token, logprob in expected_logprobs.items():
-        assert abs(actual_logprobs[token] - logprob) <= error
-    assert texts([actual]) == texts([expected])
+    actual, expected = peers.described(actual), peers.described(expected)
+    peers.assert_same(actual, expected, error)
+    assert actual["text"] == expected["text"]
 
 
 class Stored:
