@@ -19,6 +19,7 @@ CODEC_IDS = {"auto": 0, "fp8": 1, "int4": 2, "int3": 3, "int2": 4}
 _STEPS4 = tl.constexpr(float(Int4Codec.steps))
 _STEPS3 = tl.constexpr(float(Int3Codec.steps))
 _STEPS2 = tl.constexpr(float(Int2Codec.steps))
+_GAIN2 = tl.constexpr(float(Int2Codec.gain))
 
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding, then subtracting it rounds |x| < 2**22 to an integer, ties to even."""
@@ -110,7 +111,10 @@ def int_scale(x, survives, BITS: tl.constexpr):
     wide = tl.math.div_rn(high - low, tl.full(low.shape, STEPS, tl.float32)).to(tl.float16)
     step = (wide.to(tl.int16, bitcast=True).to(tl.int32) + 0x20) & 0x7FC0
     step = tl.where(broken | (step >= 0x7C00), 0x7FC0, step)
-    zero = UNITS * (2**BITS - 1) / 2 - tl.math.div_rn(UNITS / 2 * (low + high), _float(step))
+    middle = UNITS / 2 * (low + high)
+    if BITS == 2:
+        middle *= _GAIN2
+    zero = UNITS * (2**BITS - 1) / 2 - tl.math.div_rn(middle, _float(step))
     zero = tl.where(tl.abs(zero) < float("inf"), zero, 0.0)
     return step, _round(tl.minimum(tl.maximum(zero, 0.0), 127.0))
 
@@ -119,6 +123,8 @@ def int_scale(x, survives, BITS: tl.constexpr):
 def encode_int(x, step, zero, BITS: tl.constexpr):
     """float32 -> codes 0 .. 2**BITS - 1 in int32, NaN to 0."""
     LARGEST: tl.constexpr = 2.0**BITS - 1
+    if BITS == 2:
+        x *= _GAIN2
     code = tl.math.div_rn(x, tl.broadcast_to(_float(step), x.shape))
     code += zero.to(tl.float32) * (2.0 ** (BITS - 7))
     return _round(tl.where(code == code, tl.minimum(tl.maximum(code, 0.0), LARGEST), 0.0))

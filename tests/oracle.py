@@ -42,8 +42,8 @@ def _stored_integer(x: torch.Tensor, kept: torch.Tensor, fmt: VectorFormat) -> t
 
 
 def _rounded(codec: str, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    by_codec = {"int4": (15, 15, 8), "int3": (7.5, 7, 16), "int2": (3.5, 3, 32)}
-    steps, largest, units = by_codec[codec]
+    by_codec = {"int4": (15, 15, 8, 1), "int3": (7.5, 7, 16, 1), "int2": (4, 3, 32, 17 / 16)}
+    steps, largest, units, gain = by_codec[codec]
     x = x.float()
     low = x.masked_fill(~kept, torch.inf).amin(-1, keepdim=True).clamp_max(0)
     high = x.masked_fill(~kept, -torch.inf).amax(-1, keepdim=True).clamp_min(0)
@@ -51,9 +51,9 @@ def _rounded(codec: str, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     unit = 2.0 ** (exponent - 5).clamp_min(-18)
     step = (mantissa.ldexp(exponent) / unit + 0.5).floor() * unit
     step = step.masked_fill(~(step < 2**16), torch.nan)
-    middle = (low + high) / 2 / step
+    middle = (low + high) / 2 * gain / step
     zero = (units * (largest / 2 - middle)).round().clamp(0, 127) / units
-    code = (x / step + zero).round().clamp(0, largest)
+    code = (x * gain / step + zero).round().clamp(0, largest)
     return torch.where(step == 0, 0.0, step.double() * (code.double() - zero.double()))
 
 

@@ -80,7 +80,7 @@ def exact_vectors(size: int, codec: str) -> tuple[torch.Tensor, torch.Tensor]:
     Multiples of 1 / 8 in a range of one step's power of two, and few bits in the matrix.
     """
     generator = torch.Generator().manual_seed(size)
-    steps = {"int4": 15, "int3": 7.5, "int2": 3.5}[codec]
+    steps = {"int4": 15, "int3": 7.5, "int2": 4}[codec]
     x = torch.randint(-24, 25, (TOKENS, HEADS, size), generator=generator) / 8 * (steps / 8)
     x[..., 0], x[..., 1] = steps / 2, -steps / 2
     matrix = torch.randint(-4, 5, (HEADS, size, size), generator=generator) / 16

@@ -9,11 +9,11 @@ constexpr float ROUND = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integ
 
 // A run of integers with one scale: value = step * (code - zero), codes 0 .. largest.
 struct IntegerRun {
-    float step, zero, largest;
+    float step, zero, largest, gain;
 
     // 0 for NaN.
     float code(float x) const {
-        float y = x / step + zero;
+        float y = x * gain / step + zero;
         y = y > 0 ? y : 0;
         return (y < largest ? y : largest) + ROUND - ROUND;
     }
@@ -23,7 +23,8 @@ struct IntegerRun {
 // The run of `count` values and the two bytes of its scale.
 template <int BITS>
 IntegerRun integer_run(const float* x, int count, uint8_t* scale) {
-    constexpr float LARGEST = (1 << BITS) - 1, STEPS = BITS == 4 ? LARGEST : LARGEST + 0.5f, UNITS = 1 << (7 - BITS);
+    constexpr float LARGEST = (1 << BITS) - 1, UNITS = 1 << (7 - BITS);
+    constexpr float STEPS = BITS == 4 ? 15 : BITS == 3 ? 7.5f : 4, GAIN = BITS == 2 ? 17 / 16.f : 1;
     float low = 0, high = 0;
     for (int i = 0; i < count; ++i) {
         // Once a NaN, always a NaN.
@@ -34,13 +35,13 @@ IntegerRun integer_run(const float* x, int count, uint8_t* scale) {
     if (step_bits >= 0x7c00) step_bits = 0x7fc0;
     const float step = IntScale::from_bits(static_cast<uint16_t>(step_bits << 1)).step;
 
-    float zero = UNITS * LARGEST / 2 - UNITS / 2 * (low + high) / step;
+    float zero = UNITS * LARGEST / 2 - UNITS / 2 * (low + high) * GAIN / step;
     if (!(zero - zero == 0)) zero = 0;  // Inf or NaN
     zero = zero > 0 ? zero : 0;
     zero = (zero < 127 ? zero : 127) + ROUND - ROUND;
     const uint16_t bits = static_cast<uint16_t>(step_bits << 1 | static_cast<uint32_t>(zero));
     memcpy(scale, &bits, sizeof bits);
-    return {step, zero / UNITS, LARGEST};
+    return {step, zero / UNITS, LARGEST, GAIN};
 }
 
 // The codes of `target` in the scale of x. `survivors` is a multiple of the codes in as few whole bytes as can be.

@@ -117,15 +117,16 @@ class IntegerCodec(Codec):
         values, codecs = values.float(), self.runs()
         runs = values.chunk(len(codecs), dim=-1)
         found = [codec.scale(run) for codec, run in zip(codecs, runs, strict=True)]
-        step, zero, largest = (
+        step, zero, largest, gain = (
             torch.cat([x.expand_as(run) for x, run in zip(parts, runs, strict=True)], dim=-1)
             for parts in (
                 [step for _, step, _ in found],
                 [zero for _, _, zero in found],
                 [values.new_tensor(2**codec.bits - 1) for codec in codecs],
+                [values.new_tensor(codec.gain) for codec in codecs],
             )
         )
-        codes = round_with_feedback(values, step, zero, largest, feedback).int()
+        codes = round_with_feedback(values, step, zero, largest, gain, feedback).int()
         packed = [
             codec.join(run)
             for codec, run in zip(codecs, codes.chunk(len(codecs), dim=-1), strict=True)
@@ -147,17 +148,20 @@ class IntCodec(IntegerCodec):
     ``step * code - step * zero`` is exact in float32 in any order. Encoding takes
     ``low = min(values, 0)`` and ``high = max(values, 0)``; step is ``(high - low) / steps`` rounded
     to float16, then to 4 mantissa bits (ties up); zero centres the codes on the middle of the
-    range. A value that the codes reach is off by at most half a step while step is a normal
-    float16; below that step is a multiple of 2 ** -18. A vector with Inf, NaN or a step beyond
-    float16 decodes to NaN throughout (step is NaN).
+    range. A value x takes the code nearest to ``gain * x``. With a gain of 1 what the codes reach
+    is off by at most half a step while step is a normal float16; below that step is a multiple of
+    2 ** -18. A vector with Inf, NaN or a step beyond float16 decodes to NaN throughout (step is
+    NaN).
 
     Attributes:
         steps: steps from low to high. With up to 2 ** b of them the codes reach every value of a
-            vector of both signs; more would clip the outermost ones, which takes energy from a
+            vector of both signs. Smaller steps clip the outermost ones, which takes energy from a
             vector, and what every vector of a context lacks does not average out.
+        gain: gives energy back that few codes take even so.
     """
 
     steps: ClassVar[float]
+    gain: ClassVar[float] = 1
     scale_bytes = 2
 
     def runs(self) -> tuple[IntCodec, ...]:
@@ -172,7 +176,7 @@ class IntCodec(IntegerCodec):
         step_bits = step.view(torch.int16).int() + 0x20 & 0x7FC0
         step_bits = step_bits.masked_fill(~step.isfinite() | (step_bits >= 0x7C00), 0x7FC0)
         step = step_bits.to(torch.int16).view(torch.float16).float()
-        zero = units * largest / 2 - units / 2 * (low + high) / step
+        zero = units * largest / 2 - units / 2 * (low + high) * self.gain / step
         zero = zero.nan_to_num(0, 0, 0).round().clamp(0, 127)
         return (step_bits << 1 | zero.int()).to(torch.uint16), step, zero / units
 
@@ -224,7 +228,8 @@ class Int2Codec(IntCodec):
     name = "int2"
     bits = 2
     whole_only = True
-    steps = 3.5
+    steps = 4
+    gain = 17 / 16
 
 
 class Int4Int2Codec(IntegerCodec):

@@ -50,6 +50,7 @@ def round_with_feedback(
     step: torch.Tensor,
     zero: torch.Tensor,
     largest: torch.Tensor,
+    gain: torch.Tensor,
     matrix: torch.Tensor | None,
 ) -> torch.Tensor:
     """Integers 0 .. largest that stand for ``step * (integer - zero)``; 0 where that is NaN.
@@ -57,13 +58,14 @@ def round_with_feedback(
     Args:
         values: (..., D) float32, with a matrix (..., num_kv_heads, D).
         step, zero, largest: (..., D) float32 of each element.
+        gain: likewise; the integer nearest to this times the value is taken.
         matrix: (num_kv_heads, D, D) of :func:`feedback_matrix`; None: each to the nearest.
 
     Returns:
         (..., D) float32.
     """
     if matrix is None:
-        return _nearest(values, step, zero, largest)
+        return _nearest(values * gain, step, zero, largest)
     codes, errors = torch.zeros_like(values), torch.zeros_like(values)
     length = block_length(values.shape[-1])
     for start in range(0, values.shape[-1], length):
@@ -71,7 +73,7 @@ def round_with_feedback(
         taken_in = torch.einsum(
             "...hi,hij->...hj", errors[..., :start], matrix[:, :start, block].float()
         )
-        target = values[..., block] - taken_in
+        target = (values[..., block] - taken_in) * gain[..., block]
         code = _nearest(target, step[..., block], zero[..., block], largest[..., block])
         stored = step[..., block] * code - step[..., block] * zero[..., block]
         codes[..., block], errors[..., block] = code, stored - values[..., block]

@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_sparsekv.settings import SparseKVConfig
 
-PAGE_VERSION = 1
+PAGE_VERSION = 2
 """Raised by any change of the bytes of a page."""
 
 PAGE_SETTINGS = ("key_sparsity", "value_sparsity", "key_dtype", "value_dtype", "skip_layers")
