@@ -23,10 +23,10 @@ from vllm_sparsekv.engine.layers import sparse_layers
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
 SETTINGS = LOSSLESS | {"basis": "none"}
-MAX_TOKENS = 12
+MAX_TOKENS = 20
 BLOCKS = 32
 """For all of ``LENGTHS``, and fewer than the crowd fills."""
-DRAFTER_LAYERS = {"draft_model": 2, "eagle": 1, "mtp": 1}
+DRAFTER_LAYERS = {"draft_model": 2, "eagle": 1, "eagle3": 1, "mtp": 1}
 """By method. N-grams are a kernel that the interpreter cannot run."""
 
 
