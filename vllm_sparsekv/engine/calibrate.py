@@ -32,6 +32,7 @@ from vllm_sparsekv.engine.compat import (
     offline_engine,
     parse_engine_options,
     read_prompts,
+    takes_more_than_text,
     write_tokens,
 )
 from vllm_sparsekv.engine.errors import one_line
@@ -79,7 +80,11 @@ def calibrate(
     """
     if emulates_dtype(options):
         options = options | {"dtype": "float32"}
-    engine = options | _engine_for(length) | {"skip_tokenizer_init": texts is None}
+    engine = options | _engine_for(length)
+    if texts is not None:
+        engine["skip_tokenizer_init"] = False
+    elif not takes_more_than_text(options):
+        engine["skip_tokenizer_init"] = True
     with offline_engine(engine) as llm:
         config = llm.llm_engine.vllm_config.model_config
         length = min(length, config.max_model_len - 1)  # it also answers, with one token

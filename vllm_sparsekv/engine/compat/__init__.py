@@ -71,6 +71,7 @@ from vllm_sparsekv.engine.compat.offline import (
     first_token,
     offline_engine,
     read_prompts,
+    takes_more_than_text,
     write_tokens,
 )
 from vllm_sparsekv.engine.compat.planning import (
@@ -145,6 +146,7 @@ __all__ = [
     "watch_layers",
     "watch_metrics",
     "workspace",
+    "takes_more_than_text",
     "write_tokens",
     "zero_on_cpu",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 import psutil
 import torch
+from vllm.config import ModelConfig
 from vllm.platforms import current_platform
 
 from vllm_sparsekv.engine.compat.config import weight_bytes
@@ -34,9 +35,7 @@ def emulates_dtype(options: dict[str, Any]) -> bool:
     Args:
         options: vLLM's engine options.
     """
-    from vllm.engine.arg_utils import EngineArgs
-
-    config = EngineArgs(**options).create_model_config()
+    config = _model_config(options)
     # vLLM's state layers have CPU kernels for some dtypes only.
     if not current_platform.is_cpu() or config.quantization is not None or config.is_hybrid:
         return False
@@ -49,6 +48,21 @@ def emulates_dtype(options: dict[str, Any]) -> bool:
         return False
     # The weights twice, in 16 bits as they are read and in 32, and as much again for all else.
     return psutil.virtual_memory().available > 6 * size
+
+
+def takes_more_than_text(options: dict[str, Any]) -> bool:
+    """Whether the model takes images, sounds or the like; its engine then needs the tokenizer.
+
+    Args:
+        options: vLLM's engine options.
+    """
+    return _model_config(options).is_multimodal_model
+
+
+def _model_config(options: dict[str, Any]) -> ModelConfig:
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(**options).create_model_config()
 
 
 def first_token(llm: Any, seed: int) -> int:
