@@ -43,12 +43,19 @@ SLOW = ("test_interpreted_triton.py", "test_aot.py", "test_build_cpu.py", "test_
 """Interpreters, compilers and installers at work."""
 
 
+def _takes_long(item: pytest.Item) -> bool:
+    """Whether it is one on a lesser instruction set than the best here, or of long histories."""
+    chosen = item.callspec.params if hasattr(item, "callspec") else {}
+    lesser = chosen.get("isa") not in (None, *build.supported_isas()[:1])
+    return lesser or getattr(chosen.get("spec"), "name", "") == "long"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts engines, and what else is slow; ``make test-unit`` leaves both out."""
     for item in items:
         if item.path.name.startswith(("test_engine_", "test_serve")):
             item.add_marker("engine")
-        elif item.path.name in SLOW:
+        elif item.path.name in SLOW or _takes_long(item):
             item.add_marker("slow")
 
     def place(item: pytest.Item) -> tuple[int, bool]:

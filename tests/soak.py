@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 from server import Server, is_free, serve
 
 MODEL = Path(__file__).resolve().parents[1] / ".cache" / "smollm2-135m-instruct"
@@ -262,6 +263,14 @@ def soak(seconds: float, seed: int, log: Path) -> None:
     assert not left, f"left in shared memory: {left}"
 
 
+def is_alive(process: psutil.Process) -> bool:
+    """Not so if it has only not been waited for: an orphan's new parent takes its time."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def report(server: Server, clients: list[Client]) -> None:
     total = sum((client.done for client in clients), Counter())
     print(", ".join(f"{name} {count}" for name, count in sorted(total.items())))
@@ -276,7 +285,7 @@ def stop(server: Server) -> None:
     server.process.send_signal(signal.SIGTERM)
     code = server.process.wait(timeout=90)
     assert code == 0, f"the server ended with {code}:\n{server.log.read_text()[-3000:]}"
-    left = [process for process in tree if process.is_running()]
+    left = [process for process in tree if is_alive(process)]
     assert not left, f"still running: {left}"
     assert is_free(server.port), f"port {server.port} is taken"
     failed = [
