@@ -11,7 +11,6 @@ import models
 from engines import engine, generate, metric, texts
 from vllm import LLM
 
-LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 LENGTHS = (3, 64, 121, 217, 300)
 
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import models
 import pytest
-from engines import engine, generate, texts
+from engines import LOSSLESS, engine, generate, texts
 from vllm import SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.v1.engine.async_llm import AsyncLLM
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
-LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 RANKS = 2
 MAX_TOKENS = 16
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import drafting
 import pytest
-from drafting import LOSSLESS, Run, measure
-from engines import metric
+from drafting import Run, measure
+from engines import LOSSLESS, metric
 from vllm import LLM
 from vllm.utils.import_utils import has_arctic_inference
 

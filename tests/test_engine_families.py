@@ -15,6 +15,7 @@ import models
 import pytest
 import torch
 from engines import (
+    LOSSLESS,
     ROOT,
     assert_close,
     engine,
@@ -29,7 +30,6 @@ from vllm import LLM
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
-LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 STATE = ("qwen3_next", "granitemoehybrid")
 """With state layers."""
 GEMMA = "gemma-3-270m"

@@ -14,7 +14,7 @@ from unittest import mock
 import models
 import pytest
 import torch
-from engines import MODEL, assert_close, engine, first_logprobs, generate, texts
+from engines import LOSSLESS, MODEL, assert_close, engine, first_logprobs, generate, texts
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
@@ -24,7 +24,6 @@ from vllm.sampling_params import BeamSearchParams, StructuredOutputsParams
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
-LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 VOCABULARY = 49152
 """Of the tokenizer, which structured output needs."""
 LOGPROB_ERROR = 2e-3

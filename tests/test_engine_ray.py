@@ -17,7 +17,7 @@ import pytest
 import ray_engines
 import ray_platform
 import torch
-from engines import engine, generate, texts
+from engines import LOSSLESS, engine, generate, texts
 
 from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import BasisFile, write_basis
@@ -25,7 +25,6 @@ from vllm_sparsekv.format.basis_file import BasisFile, write_basis
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
 SECONDS = 900
-LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 
 
 @pytest.fixture(scope="module")

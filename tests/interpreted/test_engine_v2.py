@@ -13,8 +13,8 @@ from typing import Any
 
 import drafting
 import pytest
-from drafting import LOSSLESS, Run, measure
-from engines import metric
+from drafting import Run, measure
+from engines import LOSSLESS, metric
 from vllm import LLM
 from vllm.v1.worker.cpu.model_runner import CPUModelRunner
 
