@@ -39,8 +39,14 @@ LONGEST = [
 ]
 """Minutes each, so they start first; several test processes take a file each."""
 
-SLOW = ("test_interpreted_triton.py", "test_aot.py", "test_build_cpu.py", "test_packaging.py")
-"""Interpreters, compilers and installers at work."""
+SLOW = (
+    "test_interpreted_triton.py",
+    "test_aot.py",
+    "test_build_cpu.py",
+    "test_packaging.py",
+    "test_bench_gpu.py",
+)
+"""Interpreters, compilers, installers and benchmarks at work."""
 
 
 def _takes_long(item: pytest.Item) -> bool:
