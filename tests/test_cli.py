@@ -179,13 +179,13 @@ def test_models_in_a_dtype_that_the_cpu_emulates_are_calibrated_in_float32(
     memory = SimpleNamespace(available=free)
     monkeypatch.setattr(offline.psutil, "virtual_memory", lambda: memory)
     options = {"model": str(MODEL), "dtype": dtype}
-    assert offline.emulates_dtype(options) is expected
+    assert offline.emulates_dtype(offline.model_config(options)) is expected
     if expected:
         at_edge = 6 * sum(file.stat().st_size for file in MODEL.glob("*.safetensors"))
         for memory.available, enough in ((at_edge, False), (at_edge + 1, True)):
-            assert offline.emulates_dtype(options) is enough
+            assert offline.emulates_dtype(offline.model_config(options)) is enough
         monkeypatch.setattr(ModelConfig, "is_hybrid", True)
-        assert not offline.emulates_dtype(options)
+        assert not offline.emulates_dtype(offline.model_config(options))
 
 
 @pytest.mark.parametrize("options", REFUSED_BY_VLLM, ids=" ".join)

@@ -29,10 +29,10 @@ from vllm_sparsekv.calibration.moments import Moments
 from vllm_sparsekv.engine.compat import (
     emulates_dtype,
     first_token,
+    model_config,
     offline_engine,
     parse_engine_options,
     read_prompts,
-    takes_more_than_text,
     write_tokens,
 )
 from vllm_sparsekv.engine.errors import one_line
@@ -78,13 +78,13 @@ def calibrate(
         ValueError: a text is too short, or the model cannot be calibrated.
         OSError: a text cannot be read, or the file cannot be written.
     """
-    if emulates_dtype(options):
+    model = model_config(options)
+    if emulates_dtype(model):
         options = options | {"dtype": "float32"}
     engine = options | _engine_for(length)
-    if texts is not None:
-        engine["skip_tokenizer_init"] = False
-    elif not takes_more_than_text(options):
-        engine["skip_tokenizer_init"] = True
+    # What takes images or sounds has a processor, which needs the tokenizer.
+    if texts is not None or not model.is_multimodal_model:
+        engine["skip_tokenizer_init"] = texts is None
     with offline_engine(engine) as llm:
         config = llm.llm_engine.vllm_config.model_config
         length = min(length, config.max_model_len - 1)  # it also answers, with one token

@@ -69,9 +69,9 @@ from vllm_sparsekv.engine.compat.metrics import Metric, watch_metrics
 from vllm_sparsekv.engine.compat.offline import (
     emulates_dtype,
     first_token,
+    model_config,
     offline_engine,
     read_prompts,
-    takes_more_than_text,
     write_tokens,
 )
 from vllm_sparsekv.engine.compat.planning import (
@@ -123,6 +123,7 @@ __all__ = [
     "layer_index",
     "layer_metadata",
     "lookahead_tokens",
+    "model_config",
     "model_identity",
     "of_ranks",
     "offline_engine",
@@ -146,7 +147,6 @@ __all__ = [
     "watch_layers",
     "watch_metrics",
     "workspace",
-    "takes_more_than_text",
     "write_tokens",
     "zero_on_cpu",
 ]

@@ -27,15 +27,18 @@ def offline_engine(options: dict[str, Any]) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
 
 
-def emulates_dtype(options: dict[str, Any]) -> bool:
+def model_config(options: dict[str, Any]) -> ModelConfig:
+    """Of the engine with these of vLLM's options."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(**options).create_model_config()
+
+
+def emulates_dtype(config: ModelConfig) -> bool:
     """Whether this CPU has no arithmetic in the model's 16 bits, and memory for it in 32.
 
     Such a model answers several times faster in float32, and no worse.
-
-    Args:
-        options: vLLM's engine options.
     """
-    config = _model_config(options)
     # vLLM's state layers have CPU kernels for some dtypes only.
     if not current_platform.is_cpu() or config.quantization is not None or config.is_hybrid:
         return False
@@ -48,21 +51,6 @@ def emulates_dtype(options: dict[str, Any]) -> bool:
         return False
     # The weights twice, in 16 bits as they are read and in 32, and as much again for all else.
     return psutil.virtual_memory().available > 6 * size
-
-
-def takes_more_than_text(options: dict[str, Any]) -> bool:
-    """Whether the model takes images, sounds or the like; its engine then needs the tokenizer.
-
-    Args:
-        options: vLLM's engine options.
-    """
-    return _model_config(options).is_multimodal_model
-
-
-def _model_config(options: dict[str, Any]) -> ModelConfig:
-    from vllm.engine.arg_utils import EngineArgs
-
-    return EngineArgs(**options).create_model_config()
 
 
 def first_token(llm: Any, seed: int) -> int:
