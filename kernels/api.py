@@ -21,7 +21,7 @@ from vllm_sparsekv.kernels.attention import reference as attention_reference
 from vllm_sparsekv.kernels.cpu.build import BuildError
 from vllm_sparsekv.kernels.pack import reference as pack_reference
 from vllm_sparsekv.kernels.step import reference as step_reference
-from vllm_sparsekv.kernels.step.reference import Batch, Layer, Operations
+from vllm_sparsekv.kernels.step.reference import Batch, Layer, Operations, form_of
 from vllm_sparsekv.kernels.window import reference as window_reference
 
 __all__ = [
@@ -272,11 +272,10 @@ def step(
     Raises:
         ValueError: a shape or dtype does not fit the format; names the argument.
     """
-    tensors = (query, key, value, pages, window, out, *batch, *(kept or ()))
-    shapes = [(x.shape, x.dtype, x.device) for x in tensors if x is not None]
-    if layer.checked != shapes:
+    form = (batch.form, form_of(query, key, value, pages, window, out, *(kept or ())))
+    if layer.checked != form:
         _check_step(layer, batch, query, key, value, pages, window, out, kept)
-        layer.checked = shapes
+        layer.checked = form
     scratch = {} if workspace is None else {"workspace": workspace}
     implementation(pages.device.type).step(
         layer,
@@ -312,9 +311,17 @@ def _check_step(
     key, value = kept if key is None else (key, value)
     options = (layer.sliding_window, layer.soft_cap, layer.sinks)
     _check_queries(query, key, value, out, fmt, *options)
-    starts, seq_lens, block_table, slot_mapping, window_block_table = batch
-    _check_batch(key, pages, window, starts, seq_lens, block_table, window_block_table, fmt)
-    _check_indices(1, torch.int64, slot_mapping=slot_mapping)
+    _check_batch(
+        key,
+        pages,
+        window,
+        batch.query_start_loc,
+        batch.seq_lens,
+        batch.block_table,
+        batch.window_block_table,
+        fmt,
+    )
+    _check_indices(1, torch.int64, slot_mapping=batch.slot_mapping)
     if window is not None and not fmt.window:
         raise ValueError("window is given: the format keeps no tokens dense, must be None")
 

@@ -5,6 +5,7 @@
 
 #include "../step/change.h"
 #include "fold.h"
+#include "ring.h"
 #include "tiles.h"
 
 namespace sparsekv::SPARSEKV_ISA {
@@ -31,11 +32,13 @@ class Worker {
     void attend(int64_t number) {
         begin(number);
         const Request& request = *unit_.request;
-        const int64_t first = first_seen_ / call_.block_size;
-        const int64_t end = (request.context + call_.block_size - 1) / call_.block_size;
-        const int64_t blocks = end > first ? end - first : 0;
+        if (number < call_.num_threads) expect(number);
+        expect(number + call_.num_threads);
+        ring_.find(call_, unit_, first_seen_);
+        if (changes_out()) prefetch_matrix(call_.out_change, unit_.head, size_);
         if (unit_.part == 0) add_sinks();
-        add_pages(first + blocks * unit_.part / request.parts, first + blocks * (unit_.part + 1) / request.parts);
+        const Blocks blocks = blocks_of(unit_, first_seen_);
+        add_pages(blocks.first, blocks.last);
         if (unit_.part + 1 == request.parts) {
             add_window();
             add_step();
@@ -61,6 +64,31 @@ class Worker {
     }
 
   private:
+    // The blocks [first, last) of a unit, of the block table.
+    struct Blocks {
+        int64_t first, last;
+    };
+
+    Blocks blocks_of(const Unit& unit, int first_seen) const {
+        const int64_t parts = unit.request->parts, first = first_seen / call_.block_size;
+        const int64_t end = (unit.request->context + call_.block_size - 1) / call_.block_size;
+        const int64_t count = end > first ? end - first : 0;
+        return {first + count * unit.part / parts, first + count * (unit.part + 1) / parts};
+    }
+
+    // Asks for what a unit reads first: this thread's next one, most likely.
+    void expect(int64_t number) {
+        if (number >= plan_.units) return;
+        const Unit unit = plan_.unit(number);
+        const int first_seen = plan_.first_seen(*unit.request, unit.first_query);
+        const Blocks blocks = blocks_of(unit, first_seen);
+        if (blocks.first < blocks.last)
+            prefetch(page_tile(unit, blocks.first), call_.block_size * layout_.token_bytes());
+        if (unit.part + 1 < unit.request->parts) return;
+        ring_.find(call_, unit, first_seen);
+        ring_.expect(layout_);
+    }
+
     static Scratch& memory() {
         thread_local Scratch scratch;
         return scratch;
@@ -69,6 +97,7 @@ class Worker {
     void carve(Carver& carver) {
         folding_.carve(carver);
         if (call_.out_change.matrix) changed_ = carver.take<float>(plan_.rows * size_);
+        ring_.carve(carver, layout_);
     }
 
     Accumulator partial_result(int64_t index) const {
@@ -78,7 +107,7 @@ class Worker {
     void begin(int64_t number) {
         unit_ = plan_.unit(number);
         rows_ = unit_.queries * plan_.group;
-        first_token_ = call_.query_start_loc[unit_.index];
+        first_token_ = call_.batch.query_start_loc[unit_.index];
         first_seen_ = plan_.first_seen(*unit_.request, unit_.first_query);
         step_begin_ = INT32_MAX / 2;
         step_ = plan_.given && unit_.request->context == 0 ? plan_.given : &in_basis_;
@@ -95,16 +124,16 @@ class Worker {
     // The pruned history that is seen in blocks [first, last), without what the ring holds.
     void add_pages(int64_t first, int64_t last) {
         const int context = unit_.request->context, block_size = call_.block_size;
-        const int32_t* table = call_.block_table + unit_.index * call_.block_table_stride;
+        const int32_t* table = call_.batch.pages(unit_.index);
         for (int64_t block = first; block < last; ++block) {
-            const Tile<const uint8_t> tile(page_tile(table[block]), block_size, layout_);
-            if (block + 1 < last) expect(page_tile(table[block + 1]));
+            const Tile<const uint8_t> tile(page_tile(unit_, block), block_size, layout_);
+            if (block + 1 < last) expect_tile(page_tile(unit_, block + 1));
             const int start = static_cast<int>(block) * block_size;
             const int end = start + block_size < context ? start + block_size : context;
             for (int i = start > first_seen_ ? start : first_seen_; i < end;) {
                 int stop = i;
                 if (end + layout_.window <= context) stop = end;
-                while (stop < end && !ring_slot(stop)) ++stop;
+                while (stop < end && !ring_.at(stop, layout_)) ++stop;
                 while (i < stop) {
                     const int take = stop - i < BATCH - batch_ ? stop - i : BATCH - batch_;
                     const bool in_place = take == BATCH && table[block] + 1 < call_.num_blocks;
@@ -114,18 +143,19 @@ class Worker {
                     i += take;
                     if (batch_ == BATCH) fold(Source::PAGES);
                 }
-                while (i < end && ring_slot(i)) ++i;
+                while (i < end && ring_.at(i, layout_)) ++i;
             }
             if (start < first_seen_) fold(Source::PAGES);  // so that whole blocks follow, read in place
         }
         fold(Source::PAGES);
     }
 
-    const uint8_t* page_tile(int32_t block) const {
-        return call_.pages + block * call_.page_stride + unit_.head * call_.page_head_stride;
+    const uint8_t* page_tile(const Unit& unit, int64_t block) const {
+        return call_.pages + call_.batch.pages(unit.index)[block] * call_.page_stride +
+               unit.head * call_.page_head_stride;
     }
 
-    void expect(const uint8_t* tile) {
+    void expect_tile(const uint8_t* tile) {
         ahead_.next = tile;
         ahead_.end = tile + call_.block_size * layout_.token_bytes();
         ahead_.piece = layout_.token_bytes() + 8;
@@ -137,25 +167,9 @@ class Worker {
         for (int row = 0; row < rows_; ++row) folding_.result.add_sink(row, sinks[row % plan_.group] * LOG2_E);
     }
 
-    // The ring's dense copy of a computed position, or nullptr where it must be read pruned.
-    const uint8_t* ring_slot(int position) const {
-        if (position + layout_.window < unit_.request->context) return nullptr;
-        const int slot = position % (call_.slots_per_block * call_.blocks_per_ring);
-        const int32_t block = call_.window_block_table
-            [unit_.index * call_.window_block_table_stride + slot / call_.slots_per_block];
-        const uint8_t* content = call_.window + block * call_.window_stride +
-                                 unit_.head * call_.window_head_stride +
-                                 slot % call_.slots_per_block * layout_.slot_bytes();
-        int32_t tag;
-        memcpy(&tag, content + 2 * layout_.row_bytes(), sizeof tag);
-        return tag == position + 1 ? content : nullptr;
-    }
-
     void add_window() {
-        const int context = unit_.request->context;
-        const int held = context > layout_.window ? context - layout_.window : 0;
-        for (int i = held > first_seen_ ? held : first_seen_; i < context; ++i)
-            if (const uint8_t* slot = ring_slot(i)) add_dense(slot, slot + layout_.row_bytes(), i);
+        for (int i = ring_.first(); i < unit_.request->context; ++i)
+            if (const uint8_t* slot = ring_.at(i, layout_)) add_dense(slot, slot + layout_.row_bytes(), i);
     }
 
     void add_step() {
@@ -193,9 +207,11 @@ class Worker {
         batch_ = 0;
     }
 
+    bool changes_out() const { return call_.out_change.matrix && step_ == &in_basis_; }
+
     void write() {
         const float* results = folding_.result.averages(rows_, size_);
-        if (call_.out_change.matrix && step_ == &in_basis_) {
+        if (changes_out()) {
             change_back(call_.out_change, unit_.head, results, rows_, size_, changed_);
             results = changed_;
         }
@@ -222,6 +238,7 @@ class Worker {
     int positions_[BATCH];
     Ahead ahead_;
     float* changed_ = nullptr;
+    RingSlots ring_;
     int step_begin_ = 0;  // column of the batch where the step's tokens begin, negative if before it
 };
 

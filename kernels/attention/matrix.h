@@ -38,6 +38,9 @@ void product_rows(
     int j = 0;
     for (; j + WIDTH * LANES <= columns; j += WIDTH * LANES)
         product_block<ROWS, WIDTH>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, accumulate);
+    if constexpr (WIDTH > 2)
+        for (; j + 2 * LANES <= columns; j += 2 * LANES)
+            product_block<ROWS, 2>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, accumulate);
     for (; j < columns; j += LANES)
         product_block<ROWS, 1>(a, a_stride, b + j, b_stride, c + j, c_stride, depth, accumulate);
 }

@@ -5,6 +5,7 @@
 
 #include "../cpu/layout.h"
 #include "../cpu/scratch.h"
+#include "../cpu/step_batch.h"
 #include "softmax.h"
 
 namespace sparsekv::SPARSEKV_ISA {
@@ -21,23 +22,25 @@ struct Change {
     int64_t matrix_stride;  // 0: all heads share it
 };
 
+inline void prefetch_matrix(const Change& change, int head, int size) {
+    prefetch(change.matrix + head * change.matrix_stride, size * size * sizeof(Float16));
+}
+
 // Mirrors calls.AttentionCall. Strides count elements, those of pages and window bytes.
 struct AttentionCall {
     const uint8_t *query, *key, *value;
     uint8_t* out;
     const uint8_t *pages, *window;
-    const int32_t *query_start_loc, *seq_lens, *block_table, *window_block_table;
     const float* sinks;  // one per query head, or nullptr
     int64_t query_stride, key_stride, value_stride, out_stride;
     int64_t page_stride, page_head_stride, window_stride, window_head_stride;
-    int64_t block_table_stride, window_block_table_stride;
-    int32_t num_reqs, num_heads, num_kv_heads, num_blocks, block_size, slots_per_block, blocks_per_ring;
-    int32_t num_threads;
+    int32_t num_heads, num_kv_heads, num_blocks, block_size, slots_per_block, num_threads;
     int32_t sliding_window;  // 0: none
     float scale;
     float soft_cap;  // 0: none
     Change out_change;
     Layout layout;
+    StepBatch batch;
 };
 
 // A step's vectors. Strides count elements from token to token.
@@ -78,15 +81,15 @@ struct Plan {
 
     explicit Plan(const AttentionCall& call, const StepVectors* given = nullptr) : call(call), given(given) {
         thread_local Scratch request_memory, partial_memory;
-        requests = static_cast<Request*>(request_memory.reserve(call.num_reqs * sizeof(Request)));
+        requests = static_cast<Request*>(request_memory.reserve(call.batch.num_reqs * sizeof(Request)));
         group = call.num_heads / call.num_kv_heads;
         tile_queries = group >= TILE_ROWS ? 1 : TILE_ROWS / group;
         reach = call.sliding_window ? call.sliding_window : INT32_MAX;
         int64_t tokens = 0;
-        for (int i = 0; i < call.num_reqs; ++i) {
+        for (int i = 0; i < call.batch.num_reqs; ++i) {
             Request& request = requests[i];
-            request.query_len = call.query_start_loc[i + 1] - call.query_start_loc[i];
-            request.context = call.seq_lens[i] - request.query_len;
+            request.query_len = call.batch.query_len(i);
+            request.context = call.batch.seq_lens[i] - request.query_len;
             request.tiles = (request.query_len + tile_queries - 1) / tile_queries;
             for (int tile = 0; tile < request.tiles; ++tile)
                 tokens += int64_t(call.num_kv_heads) * history(request, tile * tile_queries);
@@ -95,7 +98,7 @@ struct Plan {
         }
         int64_t part = tokens / (int64_t(call.num_threads) * UNITS_PER_THREAD);
         if (part < MIN_PART) part = MIN_PART;
-        for (int i = 0; i < call.num_reqs; ++i) {
+        for (int i = 0; i < call.batch.num_reqs; ++i) {
             Request& request = requests[i];
             request.parts = 1;
             // No tile sees more of the history than the first one.
@@ -125,7 +128,7 @@ struct Plan {
     }
 
     Unit unit(int64_t number) const {
-        int low = 0, high = call.num_reqs - 1;
+        int low = 0, high = call.batch.num_reqs - 1;
         while (low < high) {
             const int middle = (low + high + 1) / 2;
             if (requests[middle].first_unit <= number) low = middle;

@@ -53,18 +53,26 @@ class Feedback(ctypes.Structure):
     )
 
 
+class StepBatch(ctypes.Structure):
+    _fields_ = _fields(
+        (ctypes.c_void_p, "query_start_loc seq_lens block_table window_block_table slot_mapping"),
+        (ctypes.c_int64, "block_table_stride window_block_table_stride num_slots"),
+        (ctypes.c_int32, "num_reqs blocks_per_ring"),
+    )
+
+
 class AttentionCall(ctypes.Structure):
     _fields_ = _fields(
         (ctypes.c_void_p, "query key value out pages window"),
-        (ctypes.c_void_p, "query_start_loc seq_lens block_table window_block_table sinks"),
+        (ctypes.c_void_p, "sinks"),
         (ctypes.c_int64, "query_stride key_stride value_stride out_stride"),
         (ctypes.c_int64, "page_stride page_head_stride window_stride window_head_stride"),
-        (ctypes.c_int64, "block_table_stride window_block_table_stride"),
-        (ctypes.c_int32, "num_reqs num_heads num_kv_heads num_blocks block_size"),
-        (ctypes.c_int32, "slots_per_block blocks_per_ring num_threads sliding_window"),
+        (ctypes.c_int32, "num_heads num_kv_heads num_blocks block_size slots_per_block"),
+        (ctypes.c_int32, "num_threads sliding_window"),
         (ctypes.c_float, "scale soft_cap"),
         (Change, "out_change"),
         (Layout, "layout"),
+        (StepBatch, "batch"),
     )
 
 
@@ -80,12 +88,11 @@ class PackCall(ctypes.Structure):
 
 class WindowCall(ctypes.Structure):
     _fields_ = _fields(
-        (ctypes.c_void_p, "key value window query_start_loc seq_lens window_block_table"),
-        (ctypes.c_void_p, "slot_mapping"),
+        (ctypes.c_void_p, "key value window"),
         (ctypes.c_int64, "key_stride value_stride window_stride window_head_stride"),
-        (ctypes.c_int64, "window_block_table_stride num_slots"),
-        (ctypes.c_int32, "num_reqs num_kv_heads slots_per_block blocks_per_ring num_threads"),
+        (ctypes.c_int32, "num_kv_heads slots_per_block num_threads"),
         (Layout, "layout"),
+        (StepBatch, "batch"),
     )
 
 
@@ -94,9 +101,7 @@ class StepCall(ctypes.Structure):
         (AttentionCall, "attention"),
         (Change, "key_change query_change value_change"),
         (Feedback, "key_feedback value_feedback"),
-        (ctypes.c_void_p, "slot_mapping"),
-        (ctypes.c_int64, "num_slots"),
-        (ctypes.c_void_p, "kept_key kept_value"),
+        (ctypes.c_void_p, "batch kept_key kept_value"),
         (ctypes.c_int32, "fills_window"),
     )
 
@@ -130,6 +135,27 @@ def feedback_of(matrix: Tensor | None) -> Feedback:
     if matrix is None:
         return Feedback()
     return Feedback(matrix.data_ptr(), matrix.stride(0), block_length(matrix.shape[-1]))
+
+
+def batch_of(
+    query_start_loc: Tensor,
+    seq_lens: Tensor,
+    block_table: Tensor | None,
+    slot_mapping: Tensor | None,
+    window_block_table: Tensor | None,
+) -> StepBatch:
+    """Of tensors that must outlive the call; None where it is not read."""
+    batch = StepBatch(query_start_loc.data_ptr(), seq_lens.data_ptr())
+    batch.num_reqs, batch.blocks_per_ring = query_start_loc.shape[0] - 1, 1
+    if block_table is not None:
+        batch.block_table, batch.block_table_stride = block_table.data_ptr(), block_table.stride(0)
+    if slot_mapping is not None:
+        batch.slot_mapping, batch.num_slots = slot_mapping.data_ptr(), slot_mapping.shape[0]
+    if window_block_table is not None:
+        batch.window_block_table = window_block_table.data_ptr()
+        batch.window_block_table_stride = window_block_table.stride(0)
+        batch.blocks_per_ring = window_block_table.shape[1]
+    return batch
 
 
 def rows_of(x: Tensor) -> Tensor:

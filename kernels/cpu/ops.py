@@ -21,6 +21,7 @@ from vllm_sparsekv.kernels.cpu.calls import (
     Change,
     PackCall,
     WindowCall,
+    batch_of,
     byte_strides,
     encode,
     feedback_of,
@@ -84,9 +85,9 @@ def _attention(
     packed_out = rows_of(out)
     if sinks is not None:
         sinks = sinks.float().contiguous()
-    ring = (0, 0, 1, 1)
+    ring = (0, 0, 1)
     if window is not None:
-        ring = (*byte_strides(window), window.shape[2], window_block_table.shape[1])
+        ring = (*byte_strides(window), window.shape[2])
     call = AttentionCall(
         query.data_ptr(),
         key.data_ptr(),
@@ -94,10 +95,6 @@ def _attention(
         packed_out.data_ptr(),
         pages.data_ptr(),
         None if window is None else window.data_ptr(),
-        query_start_loc.data_ptr(),
-        seq_lens.data_ptr(),
-        block_table.data_ptr(),
-        None if window is None else window_block_table.data_ptr(),
         None if sinks is None else sinks.data_ptr(),
         query.stride(0),
         key.stride(0),
@@ -105,20 +102,24 @@ def _attention(
         packed_out.stride(0),
         *byte_strides(pages),
         *ring[:2],
-        block_table.stride(0),
-        0 if window is None else window_block_table.stride(0),
-        query_start_loc.shape[0] - 1,
         query.shape[1],
         key.shape[1],
         pages.shape[0],
         pages.shape[2],
-        *ring[2:],
+        ring[2],
         torch.get_num_threads(),
         reach(sliding_window),
         scale,
         0.0 if soft_cap is None else soft_cap,
         Change(),
         layout_of(tuple(layout)),
+        batch_of(
+            query_start_loc,
+            seq_lens,
+            block_table,
+            None,
+            None if window is None else window_block_table,
+        ),
     )
     kernel("attention")(ctypes.byref(call))
     if packed_out is not out:
@@ -172,21 +173,14 @@ def _write_window(
         key.data_ptr(),
         value.data_ptr(),
         window.data_ptr(),
-        query_start_loc.data_ptr(),
-        seq_lens.data_ptr(),
-        window_block_table.data_ptr(),
-        slot_mapping.data_ptr(),
         key.stride(0),
         value.stride(0),
         *byte_strides(window),
-        window_block_table.stride(0),
-        slot_mapping.shape[0],
-        query_start_loc.shape[0] - 1,
         key.shape[1],
         window.shape[2],
-        window_block_table.shape[1],
         torch.get_num_threads(),
         layout_of(tuple(layout)),
+        batch_of(query_start_loc, seq_lens, None, slot_mapping, window_block_table),
     )
     kernel("write_window")(ctypes.byref(call))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from vllm_sparsekv.kernels.cpu.calls import (
     Change,
     Feedback,
     StepCall,
+    batch_of,
     byte_strides,
     encode,
     feedback_of,
@@ -27,20 +28,23 @@ PANEL = 32
 """Columns of a matrix that lie together, which ``step/change.h`` streams from memory."""
 
 
-class _State(NamedTuple):
+@dataclass
+class _State:
     """What a layer keeps while its memory stays where it is.
 
     Attributes:
-        memory: addresses of pages and window, and query heads.
+        memory: addresses of pages and window.
         call: all of it but the step.
         attention: the part of ``call`` of that name.
         tensors: that ``call`` points into.
+        strides: of query, output, key and value, where ``call`` has them as they came.
     """
 
-    memory: tuple[int, int | None, int]
+    memory: tuple[int, int | None]
     call: StepCall
     attention: AttentionCall
     tensors: list[Tensor]
+    strides: tuple = ()
 
 
 def step(
@@ -57,45 +61,42 @@ def step(
     fills_window: bool = True,
 ) -> None:
     """As :func:`vllm_sparsekv.kernels.step.reference.step`."""
-    memory = (pages.data_ptr(), None if window is None else window.data_ptr(), query.shape[1])
+    memory = (pages.data_ptr(), None if window is None else window.data_ptr())
     state: _State | None = layer.state
     if state is None or state.memory != memory:
         state = layer.state = _state(layer, memory, pages, window)
     call, attention = state.call, state.attention
-    packed_out = rows_of(out)
-    query = rows_of(query)
-    attention.query, attention.query_stride = query.data_ptr(), query.stride(0)
-    attention.out, attention.out_stride = packed_out.data_ptr(), packed_out.stride(0)
+    given, vectors = out, [query, out] if key is None else [query, out, key, value]
+    strides = tuple(x.stride() for x in vectors)
+    if strides != state.strides:
+        query, out, *written = vectors = [rows_of(x) for x in vectors]
+        attention.num_heads = query.shape[1]
+        attention.query_stride, attention.out_stride = query.stride(0), out.stride(0)
+        if written:
+            attention.key_stride, attention.value_stride = (x.stride(0) for x in written)
+        state.strides = strides if strides == tuple(x.stride() for x in vectors) else ()
+    attention.query, attention.out = query.data_ptr(), out.data_ptr()
     if key is None:
         attention.key = attention.value = None
     else:
-        key, value = rows_of(key), rows_of(value)
-        attention.key, attention.key_stride = key.data_ptr(), key.stride(0)
-        attention.value, attention.value_stride = value.data_ptr(), value.stride(0)
+        attention.key, attention.value = vectors[2].data_ptr(), vectors[3].data_ptr()
+    if batch.state is None:
+        tensors = (batch.query_start_loc, batch.seq_lens, batch.block_table, batch.slot_mapping)
+        batch.state = batch_of(*tensors, batch.window_block_table)
+    call.batch = ctypes.addressof(batch.state)
     call.kept_key, call.kept_value = (x.data_ptr() for x in kept) if kept else (None, None)
-    attention.query_start_loc = batch.query_start_loc.data_ptr()
-    attention.seq_lens = batch.seq_lens.data_ptr()
-    attention.num_reqs = batch.query_start_loc.shape[0] - 1
-    attention.block_table = batch.block_table.data_ptr()
-    attention.block_table_stride = batch.block_table.stride(0)
-    call.slot_mapping, call.num_slots = batch.slot_mapping.data_ptr(), batch.slot_mapping.shape[0]
-    if window is not None:
-        table = batch.window_block_table
-        attention.window_block_table = table.data_ptr()
-        attention.window_block_table_stride = table.stride(0)
-        attention.blocks_per_ring = table.shape[1]
     if layer.sinks is not None:
         sinks = layer.sinks.float().contiguous()  # weights, which may change in place
         attention.sinks = sinks.data_ptr()
     attention.num_threads = torch.get_num_threads()
     call.fills_window = fills_window and window is not None
     kernel("step")(ctypes.byref(call))
-    if packed_out is not out:
-        out.copy_(packed_out)
+    if out is not given:
+        given.copy_(out)
 
 
 def _state(
-    layer: Layer, memory: tuple[int, int | None, int], pages: Tensor, window: Tensor | None
+    layer: Layer, memory: tuple[int, int | None], pages: Tensor, window: Tensor | None
 ) -> _State:
     fmt, basis = layer.format, layer.basis
     tensors: list[Tensor] = []
@@ -130,13 +131,12 @@ def _state(
     attention.out_change = change(basis.output, basis.value_mean)
     attention.pages = memory[0]
     attention.page_stride, attention.page_head_stride = byte_strides(pages)
-    attention.slots_per_block = attention.blocks_per_ring = 1
+    attention.slots_per_block = 1
     if window is not None:
         attention.window = memory[1]
         attention.window_stride, attention.window_head_stride = byte_strides(window)
         attention.slots_per_block = window.shape[2]
-    attention.num_heads, attention.num_kv_heads = memory[2], pages.shape[1]
-    attention.num_blocks, attention.block_size = pages.shape[0], pages.shape[2]
+    attention.num_blocks, attention.num_kv_heads, attention.block_size = pages.shape[:3]
     attention.sliding_window = reach(layer.sliding_window)
     attention.scale, attention.soft_cap = layer.scale, layer.soft_cap or 0.0
     attention.layout = layout_of(encode(fmt))

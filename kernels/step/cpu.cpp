@@ -14,8 +14,7 @@ struct StepCall {
     AttentionCall attention;  // query, key and value of the model; the key is nullptr where `kept` are read
     Change key_change, query_change, value_change;
     Feedback key_feedback, value_feedback;
-    const int64_t* slot_mapping;
-    int64_t num_slots;
+    const StepBatch* batch;  // for attention.batch, which is empty
     uint8_t *kept_key, *kept_value;  // (num_tokens, num_kv_heads, head_size), or nullptr: of nobody else
     int32_t fills_window;
 };
@@ -26,9 +25,10 @@ class Step {
         : step_(step), call_(step.attention), layout_(call_.layout), size_(layout_.head_size),
           given_(call_), gives_(call_.key && !step.kept_key) {
         thread_local Scratch memory;
+        call_.batch = *step.batch;
         const bool writes = call_.key;
         const int group = call_.num_heads / call_.num_kv_heads;
-        tokens_ = call_.query_start_loc[call_.num_reqs];
+        tokens_ = call_.batch.query_start_loc[call_.batch.num_reqs];
         const int heads = call_.num_heads + 2 * call_.num_kv_heads;
         Carver carver(memory.reserve(tokens_ * (heads * layout_.row_bytes() + sizeof(int32_t)) + 4 * 64));
         key_ = place(carver, call_.key, call_.key_stride, step.key_change, step.kept_key, 1);
@@ -60,10 +60,12 @@ class Step {
         const int count = static_cast<int>(last(first, CHANGE_ROWS, tokens_) - first);
         const auto token = [&](int i) { return first + i; };
         if ((block - query_blocks_) % 2 == 0) {
+            expect(step_.key_feedback, head);
             change(key_, head, count, token);
             pack(call_.key, call_.key_stride, layout_.key, &Tile<uint8_t>::key, step_.key_feedback, head,
                  first, count);
         } else {
+            expect(step_.value_feedback, head);
             change(value_, head, count, token);
             pack(call_.value, call_.value_stride, layout_.value, &Tile<uint8_t>::value,
                  step_.value_feedback, head, first, count);
@@ -71,10 +73,9 @@ class Step {
     }
 
     WindowCall window() const {
-        return {call_.key, call_.value, const_cast<uint8_t*>(call_.window), call_.query_start_loc, call_.seq_lens,
-                call_.window_block_table, step_.slot_mapping, call_.key_stride, call_.value_stride, call_.window_stride,
-                call_.window_head_stride, call_.window_block_table_stride, step_.num_slots, call_.num_reqs,
-                call_.num_kv_heads, call_.slots_per_block, call_.blocks_per_ring, call_.num_threads, layout_};
+        return {call_.key, call_.value, const_cast<uint8_t*>(call_.window), call_.key_stride, call_.value_stride,
+                call_.window_stride, call_.window_head_stride, call_.num_kv_heads, call_.slots_per_block,
+                call_.num_threads, layout_, call_.batch};
     }
 
   private:
@@ -106,11 +107,16 @@ class Step {
     // The tokens whose queries attend in the basis.
     void list_asking(int32_t* tokens) {
         asking_tokens_ = tokens;
-        for (int i = 0; i < call_.num_reqs; ++i) {
-            const int32_t begin = call_.query_start_loc[i], end = call_.query_start_loc[i + 1];
-            if (gives_ && call_.seq_lens[i] == end - begin) continue;
+        const StepBatch& batch = call_.batch;
+        for (int i = 0; i < batch.num_reqs; ++i) {
+            const int32_t begin = batch.query_start_loc[i], end = batch.query_start_loc[i + 1];
+            if (gives_ && batch.seq_lens[i] == end - begin) continue;
             for (int32_t token = begin; token < end; ++token) tokens[asking_++] = token;
         }
+    }
+
+    void expect(const Feedback& feedback, int head) const {
+        if (feedback.matrix) prefetch(feedback.matrix + head * feedback.stride, size_ * size_ * sizeof(Float16));
     }
 
     // `count` tokens of one KV head, the i-th of which is token(i).
@@ -118,6 +124,7 @@ class Step {
     void change(const Rows& rows, int head, int count, Token token) const {
         thread_local Scratch memory;
         if (!rows.stored) return;
+        if (rows.change->matrix) prefetch_matrix(*rows.change, head, size_);
         const int width = rows.group * size_, bytes = rows.group * layout_.row_bytes();
         Carver carver(memory.reserve(2 * (size_t(count) * width * sizeof(float) + 64)));
         float *before = carver.take<float>(count * width), *after = carver.take<float>(count * width);
@@ -139,9 +146,9 @@ class Step {
               int count) const {
         const int64_t element = first * stride + int64_t(head) * size_;
         uint8_t* pages = const_cast<uint8_t*>(call_.pages) + head * call_.page_head_stride;
-        pack_rows({rows + element * layout_.element_bytes(), stride, step_.slot_mapping + first, pages,
+        pack_rows({rows + element * layout_.element_bytes(), stride, call_.batch.slot_mapping + first, pages,
                    call_.page_stride, call_.block_size},
-                  static_cast<int>(last(first, count, step_.num_slots) - first), layout_, vector, section, feedback,
+                  static_cast<int>(last(first, count, call_.batch.num_slots) - first), layout_, vector, section, feedback,
                   head);
     }
 
@@ -168,7 +175,7 @@ SPARSEKV_EXPORT(step)(const StepCall* call) {
         attend(plan);
         if (call->fills_window) {
 #pragma omp for schedule(dynamic, 1)
-            for (int request = 0; request < window.num_reqs; ++request) write_request(window, request);
+            for (int request = 0; request < window.batch.num_reqs; ++request) write_request(window, request);
         }
     }
 }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ class Layer:
         basis: in which they hold vectors.
         scale, sliding_window, soft_cap, sinks: as in ``attention/reference.py``.
         state: what an implementation keeps from step to step.
-        checked: shapes, dtypes and devices of arguments that were found right.
+        checked: the form of arguments that were found right.
     """
 
     format: SparseFormat
@@ -35,11 +36,12 @@ class Layer:
     soft_cap: float | None = None
     sinks: torch.Tensor | None = None
     state: Any = field(default=None, repr=False)
-    checked: list[tuple] = field(default_factory=list, repr=False)
+    checked: tuple = field(default=(), repr=False)
 
 
-class Batch(NamedTuple):
-    """One step of the requests that share a block table.
+@dataclass(eq=False)
+class Batch:
+    """One step of the requests that share a block table, for all layers that do.
 
     Attributes:
         query_start_loc: (num_reqs + 1,) int32, first token of each request in this step.
@@ -47,6 +49,7 @@ class Batch(NamedTuple):
         block_table: (num_reqs, max_blocks) int32, page of each block of tokens.
         slot_mapping: (num_slots,) int64, where each token's vectors go; negative for nowhere.
         window_block_table: (num_reqs, m) int32, ring blocks of each request, or None.
+        state: what an implementation keeps from layer to layer.
     """
 
     query_start_loc: torch.Tensor
@@ -54,6 +57,18 @@ class Batch(NamedTuple):
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
     window_block_table: torch.Tensor | None
+    state: Any = field(default=None, repr=False)
+
+    @cached_property
+    def form(self) -> tuple:
+        """Shapes, dtypes and devices."""
+        tensors = (self.query_start_loc, self.seq_lens, self.block_table, self.slot_mapping)
+        return form_of(*tensors, self.window_block_table)
+
+
+def form_of(*tensors: torch.Tensor | None) -> tuple:
+    """Shape, dtype and device of each."""
+    return tuple(x if x is None else (x.shape, x.dtype, x.device) for x in tensors)
 
 
 class Operations(NamedTuple):

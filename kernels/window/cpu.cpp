@@ -6,14 +6,15 @@ namespace sparsekv::SPARSEKV_ISA {
 
 void write_request(const WindowCall& call, int request) {
     const Layout& layout = call.layout;
-    const int ring = call.slots_per_block * call.blocks_per_ring;
-    const int end = call.query_start_loc[request + 1], seq_len = call.seq_lens[request];
-    int first = call.query_start_loc[request];
+    const StepBatch& batch = call.batch;
+    const int ring = call.slots_per_block * batch.blocks_per_ring;
+    const int end = batch.query_start_loc[request + 1], seq_len = batch.seq_lens[request];
+    int first = batch.query_start_loc[request];
     if (end - first > ring) first = end - ring;
-    for (int64_t token = first; token < end && token < call.num_slots; ++token) {
-        if (call.slot_mapping[token] < 0) continue;
+    for (int64_t token = first; token < end && token < batch.num_slots; ++token) {
+        if (batch.slot_mapping[token] < 0) continue;
         const int position = static_cast<int>(seq_len - end + token), slot = position % ring;
-        const int32_t block = call.window_block_table[request * call.window_block_table_stride + slot / call.slots_per_block];
+        const int32_t block = batch.ring(request)[slot / call.slots_per_block];
         if (block <= 0) continue;
         uint8_t* content = call.window + block * call.window_stride + slot % call.slots_per_block * layout.slot_bytes();
         for (int head = 0; head < call.num_kv_heads; ++head, content += call.window_head_stride) {
@@ -28,8 +29,8 @@ void write_request(const WindowCall& call, int request) {
 }
 
 SPARSEKV_EXPORT(write_window)(const WindowCall* call) {
-#pragma omp parallel for num_threads(call->num_threads) schedule(dynamic, 1) if (call->num_reqs > 8)
-    for (int request = 0; request < call->num_reqs; ++request) write_request(*call, request);
+#pragma omp parallel for num_threads(call->num_threads) schedule(dynamic, 1) if (call->batch.num_reqs > 8)
+    for (int request = 0; request < call->batch.num_reqs; ++request) write_request(*call, request);
 }
 
 }  // namespace sparsekv::SPARSEKV_ISA

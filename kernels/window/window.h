@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../cpu/layout.h"
+#include "../cpu/step_batch.h"
 
 namespace sparsekv::SPARSEKV_ISA {
 
@@ -9,12 +10,10 @@ namespace sparsekv::SPARSEKV_ISA {
 struct WindowCall {
     const uint8_t *key, *value;
     uint8_t* window;
-    const int32_t *query_start_loc, *seq_lens, *window_block_table;
-    const int64_t* slot_mapping;
-    int64_t key_stride, value_stride, window_stride, window_head_stride, window_block_table_stride;
-    int64_t num_slots;
-    int32_t num_reqs, num_kv_heads, slots_per_block, blocks_per_ring, num_threads;
+    int64_t key_stride, value_stride, window_stride, window_head_stride;
+    int32_t num_kv_heads, slots_per_block, num_threads;
     Layout layout;
+    StepBatch batch;
 };
 
 // One request's newest tokens.

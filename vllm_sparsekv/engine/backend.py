@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ from vllm_sparsekv.engine.compat import (
     workspace,
 )
 from vllm_sparsekv.engine.plugin import BACKEND_NAME
-from vllm_sparsekv.engine.window import WindowLayer
+from vllm_sparsekv.engine.window import WindowLayer, WindowMetadata
 from vllm_sparsekv.format.basis import Basis
 from vllm_sparsekv.format.layout import (
     BLOCK_SIZE_MULTIPLE,
@@ -99,6 +99,15 @@ class SparseKVMetadata:
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    batches: dict[WindowMetadata | None, api.Batch] = field(default_factory=dict)
+
+    def batch(self, ring: WindowMetadata | None) -> api.Batch:
+        """The step of the layers whose window is in this group, or that have none."""
+        found = self.batches.get(ring)
+        if found is None:
+            tensors = (self.query_start_loc, self.seq_lens, self.block_table, self.slot_mapping)
+            found = self.batches[ring] = api.Batch(*tensors, ring and ring.block_table)
+        return found
 
 
 class SparseKVMetadataBuilder(AttentionMetadataBuilder[SparseKVMetadata]):
@@ -227,23 +236,16 @@ class SparseKVImpl(AttentionImpl[SparseKVMetadata]):
         )
         if attn_metadata is None:
             return output
-        step, cache = attn_metadata, self.cache
+        cache = self.cache
         last_reader = cache.last_reader == layer.layer_name
         if key is not None and not last_reader:
             cache.step = torch.empty_like(key), torch.empty_like(value)
-        window, window_block_table = None, None
+        window, ring = None, None
         if cache.window is not None:
-            window = cache.window.kv_cache
-            window_block_table = layer_metadata(cache.window.layer_name).block_table
+            window, ring = cache.window.kv_cache, layer_metadata(cache.window.layer_name)
         api.step(
             self.attention,
-            api.Batch(
-                step.query_start_loc,
-                step.seq_lens,
-                step.block_table,
-                step.slot_mapping,
-                window_block_table,
-            ),
+            attn_metadata.batch(ring),
             query,
             key,
             value,

@@ -100,7 +100,7 @@ class RingManager(CircularBufferManager):
         return self.kv_cache_spec.blocks_per_request
 
 
-@dataclass
+@dataclass(eq=False)
 class WindowMetadata:
     """One step of the window group.
 
