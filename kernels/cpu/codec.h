@@ -182,7 +182,24 @@ inline void encode_row(int storage, const float* x, int size, uint8_t* out) {
         memcpy(out, x, size * sizeof(float));
         return;
     }
-    for (int i = 0; i < size; ++i) {
+    int i = 0;
+    if (storage == BFLOAT16) {
+        for (; i + LANES <= size; i += LANES) {
+            const I bits = float_to_bits(load(x + i)), upper = bits >> 16;
+            const I rounded = (bits + 0x7fff + (upper & 1)) >> 16, nan = upper | 0x40;
+            const Word halves = __builtin_convertvector((bits & INT32_MAX) > 0x7f800000 ? nan : rounded, Word);
+            memcpy(out + 2 * i, &halves, sizeof halves);
+        }
+    } else {
+#if defined(__AVX2__)
+        for (; i + 8 <= size; i += 8) {
+            const __m256 y = _mm256_loadu_ps(x + i);
+            if (_mm256_movemask_ps(_mm256_cmp_ps(y, y, _CMP_UNORD_Q))) break;  // of NaNs there is one
+            _mm_storeu_si128((__m128i*)(out + 2 * i), _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+        }
+#endif
+    }
+    for (; i < size; ++i) {
         const uint16_t y = storage == BFLOAT16 ? float_to_bfloat16(x[i]) : float_to_float16(x[i]);
         memcpy(out + 2 * i, &y, 2);
     }

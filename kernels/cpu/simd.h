@@ -33,10 +33,22 @@ constexpr int LANES = 8;
 
 typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Word __attribute__((vector_size(2 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(LANES)));
 typedef float UnalignedF __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 inline F load(const float* p) { return *reinterpret_cast<const UnalignedF*>(p); }
 inline void store(float* p, F x) { *reinterpret_cast<UnalignedF*>(p) = x; }
+// As many of the lanes as there are elements, the others 0.
+inline F load_first(const float* p, int count) {
+    if (count >= LANES) return load(p);
+    F x{};
+    memcpy(&x, p, count * sizeof(float));
+    return x;
+}
+inline void store_first(float* p, F x, int count) {
+    memcpy(p, &x, (count < LANES ? count : LANES) * sizeof(float));
+}
 inline F broadcast(float x) {
 #if defined(__AVX512F__)
     return _mm512_set1_ps(x);

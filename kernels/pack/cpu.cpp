@@ -71,12 +71,6 @@ void read_row(const uint8_t* row, const Layout& layout, float* x) {
     for (int i = 0; i < layout.head_size; ++i) x[i] = x[i] == x[i] ? x[i] + 0.f : NAN;
 }
 
-void write_values(const float* x, const float* target, const VectorLayout& vector, const Section<uint8_t>& section,
-                  int offset) {
-    encode(vector.storage, x, target, vector.survivors, section.values + offset * vector.value_bytes(),
-           section.scales + offset * scale_bytes(vector.storage));
-}
-
 void pack_row(
     const uint8_t* row, const Layout& layout, const VectorLayout& vector, const Section<uint8_t>& section, int offset) {
     const int size = layout.head_size;
@@ -97,7 +91,8 @@ void pack_row(
             rank += kept[i];
         }
     }
-    write_values(x, x, vector, section, offset);
+    encode(vector.storage, x, vector.survivors, section.values + offset * vector.value_bytes(),
+           section.scales + offset * scale_bytes(vector.storage));
 }
 
 void pack_rows(
@@ -106,12 +101,13 @@ void pack_rows(
     const int size = layout.head_size;
     thread_local Scratch memory;
     const auto row = [&](int i) { return packing.rows + i * packing.stride * layout.element_bytes(); };
-    float *x = nullptr, *target = nullptr;
+    float* target = nullptr;
+    IntegerRun runs[2 * PACK_ROWS];
     if (feedback.matrix) {
-        x = static_cast<float*>(memory.reserve(2 * size_t(PACK_ROWS) * size * sizeof(float)));
+        float* x = static_cast<float*>(memory.reserve(2 * size_t(PACK_ROWS) * size * sizeof(float)));
         target = x + PACK_ROWS * size;
         for (int i = 0; i < count; ++i) read_row(row(i), layout, x + i * size);
-        feed_back(feedback, head, vector.storage, x, count, size, target);
+        feed_back(feedback, head, vector.storage, x, count, size, target, runs);
     }
     for (int i = 0; i < count; ++i) {
         const int64_t slot = packing.slots[i];
@@ -119,8 +115,11 @@ void pack_rows(
         const Tile<uint8_t> tile(
             packing.pages + slot / packing.block_size * packing.page_stride, packing.block_size, layout);
         const int offset = static_cast<int>(slot % packing.block_size);
-        if (target) write_values(x + i * size, target + i * size, vector, tile.*section, offset);
-        else pack_row(row(i), layout, vector, tile.*section, offset);
+        const Section<uint8_t>& entries = tile.*section;
+        if (!target) pack_row(row(i), layout, vector, entries, offset);
+        else encode_runs(vector.storage, runs + 2 * i, target + i * size, size,
+                         entries.values + offset * vector.value_bytes(),
+                         entries.scales + offset * scale_bytes(vector.storage));
     }
 }
 

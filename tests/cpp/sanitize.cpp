@@ -106,27 +106,27 @@ void run_batch(const Shape& shape) {
         const PackCall pack{key, value, pages, slot, stride, stride, kv_heads * tile, tile, tokens,
                             kv_heads, shape.block_size, shape.threads, layout,
                             feedback_of(shape.key), feedback_of(shape.value)};
+        const StepBatch batch{counts, ends, seen_table, ring_table, slot, max_blocks,
+                              ring_blocks, tokens, num_reqs, ring_blocks};
         if (!attend || !shape.fused) SPARSEKV_KERNEL(pack)(&pack);
         if (attend) {
             const int64_t query_stride = int64_t(heads) * shape.head_size;
             const AttentionCall call{
-                query, key, value, out, pages, window, counts, ends, seen_table, ring_table,
+                query, key, value, out, pages, window,
                 shape.sinks ? sinks.data.get() : nullptr, query_stride, stride, stride, query_stride, kv_heads * tile, tile,
-                kv_heads * slot_tile, slot_tile, max_blocks, ring_blocks, num_reqs, heads, kv_heads, num_blocks,
-                shape.block_size, slots, ring_blocks, shape.threads, shape.sliding_window, 0.1f, shape.soft_cap, {},
-                layout};
+                kv_heads * slot_tile, slot_tile, heads, kv_heads, num_blocks, shape.block_size, slots, shape.threads,
+                shape.sliding_window, 0.1f, shape.soft_cap, {}, layout, batch};
             if (shape.fused) {
                 const Change change{matrices, means, square};
                 const StepCall step{call, change, {matrices, nullptr, 0}, change, feedback_of(shape.key),
-                                    feedback_of(shape.value), slot, tokens, nullptr, nullptr, shape.window != 0};
+                                    feedback_of(shape.value), &batch, nullptr, nullptr, shape.window != 0};
                 return SPARSEKV_KERNEL(step)(&step);
             }
             SPARSEKV_KERNEL(attention)(&call);
         }
         if (shape.window == 0) return;
-        const WindowCall call{key, value, window, counts, ends, ring_table, slot, stride, stride, kv_heads * slot_tile,
-                              slot_tile, ring_blocks, tokens, num_reqs, kv_heads, slots, ring_blocks, shape.threads,
-                              layout};
+        const WindowCall call{key, value, window, stride, stride, kv_heads * slot_tile, slot_tile, kv_heads, slots,
+                              shape.threads, layout, batch};
         SPARSEKV_KERNEL(write_window)(&call);
     };
     Array<int32_t> history(num_reqs + 1), contexts(num_reqs);
