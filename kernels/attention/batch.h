@@ -12,8 +12,10 @@ namespace sparsekv::SPARSEKV_ISA {
 
 class Batch {
   public:
-    void carve(Carver& carver, int head_size, const VectorLayout& layout) {
+    // `model_storage` is that of dense rows.
+    void carve(Carver& carver, int head_size, int model_storage, const VectorLayout& layout) {
         head_size_ = head_size;
+        model_storage_ = model_storage;
         layout_ = layout;
         whole_ = layout.survivors == head_size;
         const size_t row = head_size * sizeof(float);
@@ -66,20 +68,20 @@ class Batch {
     }
 
     // Appends a row of the model dtype as number n.
-    void add_row(int model_storage, const uint8_t* row, int n) {
-        decode_row(model_storage, row, head_size_, reinterpret_cast<float*>(values_) + n * head_size_);
-    }
+    void add_row(const uint8_t* row, int n) { memcpy(values_ + n * row_bytes(), row, row_bytes()); }
 
     // What was collected: dense rows, or pruned vectors.
     int storage(bool dense) const {
-        if (holds_rows(dense) || has_nan_ || (whole_ && layout_.storage == FLOAT32)) return DENSE;
+        if (dense) return model_storage_ == FLOAT32 ? DENSE : model_storage_ + WHOLE;
+        if (layout_.storage == INT4_INT2 || has_nan_ || (whole_ && layout_.storage == FLOAT32)) return DENSE;
         const int storage = layout_.storage == FP8 ? int(BFLOAT16) : layout_.storage;
         return whole_ ? storage + WHOLE : storage;
     }
 
     Vectors vectors(bool dense, int n) {
         const int64_t row = int64_t(head_size_) * sizeof(float);
-        if (holds_rows(dense)) return {values_, bitmap_, row, ones_, zeros_};
+        if (dense) return {values_, bitmap_, row_bytes(), ones_, zeros_};
+        if (layout_.storage == INT4_INT2) return {values_, bitmap_, row, ones_, zeros_};
         if (!has_nan_) return {place_.values, place_.bitmap, stride(), units_, zeros_};
         // Element by element: a NaN unit would spoil the zeros of pruned elements.
         for (int i = 0; i < n; ++i) {
@@ -94,8 +96,7 @@ class Batch {
     }
 
   private:
-    // Whether float32 rows were collected.
-    bool holds_rows(bool dense) const { return dense || layout_.storage == INT4_INT2; }
+    int row_bytes() const { return head_size_ * storage_bits(model_storage_) / 8; }
 
     // Whether survivors take more bytes here than in their page.
     bool is_spread() const { return layout_.storage == FP8 || (layout_.storage == INT4 && !whole_); }
@@ -147,7 +148,7 @@ class Batch {
 #endif
     }
 
-    int head_size_ = 0;
+    int head_size_ = 0, model_storage_ = 0;
     VectorLayout layout_{};
     uint8_t *values_ = nullptr, *bitmap_ = nullptr;
     struct {

@@ -22,14 +22,22 @@ inline int code_query_size(int head_size) { return LANES + code_blocks(head_size
 // Rows of the query, vector by vector, row by row: the rows' sums over the elements of each lane,
 // then their elements in the order of the codes.
 inline void order_queries(const float* query, int rows, int head_size, float* out) {
-    for (int i = 0; i < rows * code_query_size(head_size); ++i) out[i] = 0;
-    for (int row = 0; row < rows; ++row, query += head_size, out += LANES)
-        for (int d = 0; d < head_size; ++d) {
-            const int nibble = d % NIBBLES, lane = d % CODES / NIBBLES, vector = 1 + d / CODES * NIBBLES + nibble;
-            const float unit = nibble == NIBBLES - 1 ? 1.f : 1.f / (1 << 4 * nibble);
-            out[vector * rows * LANES + lane] = query[d] * unit;
-            out[lane] += query[d];
+    if (head_size % CODES) memset(out, 0, sizeof(float) * rows * code_query_size(head_size));
+    for (int row = 0; row < rows; ++row, query += head_size, out += LANES) {
+        F sums{};
+        for (int first = 0; first < head_size; first += CODES) {
+            const int left = head_size - first, lanes = left < CODES ? left / NIBBLES : LANES;
+            for (int nibble = 0; nibble < NIBBLES; ++nibble) {
+                const float unit = nibble == NIBBLES - 1 ? 1.f : 1.f / (1 << 4 * nibble);
+                float* vector = out + (1 + first / CODES * NIBBLES + nibble) * rows * LANES;
+                F elements{};
+                for (int lane = 0; lane < lanes; ++lane) elements[lane] = query[first + lane * NIBBLES + nibble];
+                store(vector, elements * unit);
+                sums += elements;
+            }
         }
+        store(out, sums);
+    }
 }
 
 inline I load_codes(const uint8_t* p) {

@@ -32,12 +32,10 @@ class Worker {
     void attend(int64_t number) {
         begin(number);
         const Request& request = *unit_.request;
-        if (number < call_.num_threads) expect(number);
-        expect(number + call_.num_threads);
+        sparsekv::SPARSEKV_ISA::expect(plan_, number + call_.num_threads);
         ring_.find(call_, unit_, first_seen_);
-        if (changes_out()) prefetch_matrix(call_.out_change, unit_.head, size_);
         if (unit_.part == 0) add_sinks();
-        const Blocks blocks = blocks_of(unit_, first_seen_);
+        const Blocks blocks = plan_.blocks(unit_);
         add_pages(blocks.first, blocks.last);
         if (unit_.part + 1 == request.parts) {
             add_window();
@@ -64,31 +62,6 @@ class Worker {
     }
 
   private:
-    // The blocks [first, last) of a unit, of the block table.
-    struct Blocks {
-        int64_t first, last;
-    };
-
-    Blocks blocks_of(const Unit& unit, int first_seen) const {
-        const int64_t parts = unit.request->parts, first = first_seen / call_.block_size;
-        const int64_t end = (unit.request->context + call_.block_size - 1) / call_.block_size;
-        const int64_t count = end > first ? end - first : 0;
-        return {first + count * unit.part / parts, first + count * (unit.part + 1) / parts};
-    }
-
-    // Asks for what a unit reads first: this thread's next one, most likely.
-    void expect(int64_t number) {
-        if (number >= plan_.units) return;
-        const Unit unit = plan_.unit(number);
-        const int first_seen = plan_.first_seen(*unit.request, unit.first_query);
-        const Blocks blocks = blocks_of(unit, first_seen);
-        if (blocks.first < blocks.last)
-            prefetch(page_tile(unit, blocks.first), call_.block_size * layout_.token_bytes());
-        if (unit.part + 1 < unit.request->parts) return;
-        ring_.find(call_, unit, first_seen);
-        ring_.expect(layout_);
-    }
-
     static Scratch& memory() {
         thread_local Scratch scratch;
         return scratch;
@@ -126,14 +99,14 @@ class Worker {
         const int context = unit_.request->context, block_size = call_.block_size;
         const int32_t* table = call_.batch.pages(unit_.index);
         for (int64_t block = first; block < last; ++block) {
-            const Tile<const uint8_t> tile(page_tile(unit_, block), block_size, layout_);
-            if (block + 1 < last) expect_tile(page_tile(unit_, block + 1));
+            const Tile<const uint8_t> tile(plan_.tile(unit_, block), block_size, layout_);
+            if (block + 1 < last) expect(plan_.tile(unit_, block + 1));
             const int start = static_cast<int>(block) * block_size;
             const int end = start + block_size < context ? start + block_size : context;
             for (int i = start > first_seen_ ? start : first_seen_; i < end;) {
                 int stop = i;
                 if (end + layout_.window <= context) stop = end;
-                while (stop < end && !ring_.at(stop, layout_)) ++stop;
+                while (stop < end && !ring_.at(stop)) ++stop;
                 while (i < stop) {
                     const int take = stop - i < BATCH - batch_ ? stop - i : BATCH - batch_;
                     const bool in_place = take == BATCH && table[block] + 1 < call_.num_blocks;
@@ -143,19 +116,14 @@ class Worker {
                     i += take;
                     if (batch_ == BATCH) fold(Source::PAGES);
                 }
-                while (i < end && ring_.at(i, layout_)) ++i;
+                while (i < end && ring_.at(i)) ++i;
             }
             if (start < first_seen_) fold(Source::PAGES);  // so that whole blocks follow, read in place
         }
         fold(Source::PAGES);
     }
 
-    const uint8_t* page_tile(const Unit& unit, int64_t block) const {
-        return call_.pages + call_.batch.pages(unit.index)[block] * call_.page_stride +
-               unit.head * call_.page_head_stride;
-    }
-
-    void expect_tile(const uint8_t* tile) {
+    void expect(const uint8_t* tile) {
         ahead_.next = tile;
         ahead_.end = tile + call_.block_size * layout_.token_bytes();
         ahead_.piece = layout_.token_bytes() + 8;
@@ -169,7 +137,7 @@ class Worker {
 
     void add_window() {
         for (int i = ring_.first(); i < unit_.request->context; ++i)
-            if (const uint8_t* slot = ring_.at(i, layout_)) add_dense(slot, slot + layout_.row_bytes(), i);
+            if (const uint8_t* slot = ring_.at(i)) add_dense(slot, slot + layout_.row_bytes(), i);
     }
 
     void add_step() {
@@ -251,6 +219,19 @@ void attend_by(const Plan& plan) {
 #pragma omp for schedule(dynamic, 1)
         for (int64_t unit = 0; unit < plan.units; ++unit) worker.merge(unit);
     }
+}
+
+void expect(const Plan& plan, int64_t number) {
+    if (number >= plan.units) return;
+    const AttentionCall& call = plan.call;
+    const Unit unit = plan.unit(number);
+    const Blocks blocks = plan.blocks(unit);
+    if (blocks.first < blocks.last)
+        prefetch(plan.tile(unit, blocks.first), int64_t(call.block_size) * call.layout.token_bytes());
+    const int context = unit.request->context;
+    if (!call.window || unit.part + 1 < unit.request->parts) return;
+    each_run(call, unit, first_held(call, context, plan.first_seen(*unit.request, unit.first_query)), context,
+             [&](int, const uint8_t* content, int count) { prefetch(content, int64_t(count) * call.layout.slot_bytes()); });
 }
 
 void attend(const Plan& plan) {

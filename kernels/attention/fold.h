@@ -23,8 +23,8 @@ class Fold {
         code_query_ = carver.take<float>(plan_.rows * code_query_size(size_));
         result = Accumulator(carver.take<float>(Accumulator::floats(plan_.rows, size_)), plan_.rows);
         scores_ = carver.take<float>(plan_.rows * BATCH);
-        key_.carve(carver, size_, layout_.key);
-        value_.carve(carver, size_, layout_.value);
+        key_.carve(carver, size_, layout_.storage, layout_.key);
+        value_.carve(carver, size_, layout_.storage, layout_.value);
         if (plan_.rows >= MATRIX_ROWS) {
             dense_ = carver.take<float>(BATCH * size_);
             transposed_ = carver.take<float>(BATCH * size_);
@@ -65,8 +65,8 @@ class Fold {
 
     // Appends rows of the model dtype as number n.
     void add_row(const uint8_t* key, const uint8_t* value, int n) {
-        key_.add_row(layout_.storage, key, n);
-        value_.add_row(layout_.storage, value, n);
+        key_.add_row(key, n);
+        value_.add_row(value, n);
     }
 
     // Folds the n vectors of the batch, dense rows or vectors of pages, and empties it; visible(i) is

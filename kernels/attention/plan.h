@@ -22,10 +22,6 @@ struct Change {
     int64_t matrix_stride;  // 0: all heads share it
 };
 
-inline void prefetch_matrix(const Change& change, int head, int size) {
-    prefetch(change.matrix + head * change.matrix_stride, size * size * sizeof(Float16));
-}
-
 // Mirrors calls.AttentionCall. Strides count elements, those of pages and window bytes.
 struct AttentionCall {
     const uint8_t *query, *key, *value;
@@ -65,6 +61,11 @@ struct Unit {
     const Request* request;
     int32_t index, head, first_query, queries, part;
     int64_t partial;
+};
+
+// Of the block table, [first, last).
+struct Blocks {
+    int64_t first, last;
 };
 
 // Lives until the next plan of its thread.
@@ -127,6 +128,19 @@ struct Plan {
         return first < request.context ? request.context - first : 0;
     }
 
+    // Those a unit reads.
+    Blocks blocks(const Unit& unit) const {
+        const int64_t parts = unit.request->parts, size = call.block_size;
+        const int64_t first = first_seen(*unit.request, unit.first_query) / size;
+        const int64_t end = (unit.request->context + size - 1) / size, count = end > first ? end - first : 0;
+        return {first + count * unit.part / parts, first + count * (unit.part + 1) / parts};
+    }
+
+    // A unit's tokens of a block.
+    const uint8_t* tile(const Unit& unit, int64_t block) const {
+        return call.pages + call.batch.pages(unit.index)[block] * call.page_stride + unit.head * call.page_head_stride;
+    }
+
     Unit unit(int64_t number) const {
         int low = 0, high = call.batch.num_reqs - 1;
         while (low < high) {
@@ -150,6 +164,9 @@ struct Plan {
         return unit;
     }
 };
+
+// Asks for what a unit reads first.
+void expect(const Plan& plan, int64_t number);
 
 // All units of the plan, by the threads of the region it is called in; they leave together.
 void attend(const Plan& plan);

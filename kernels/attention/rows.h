@@ -59,7 +59,7 @@ struct Walk {
             values += LANES * BITS / 8;
             return x;
         } else if constexpr (STORAGE > INT4) {
-            const F x = expand<STORAGE - WHOLE>(values, static_cast<Bits>(-1));
+            const F x = load_halves<STORAGE - WHOLE>(values);
             values += LANES * survivor_bytes(STORAGE - WHOLE);
             return x;
         } else {

@@ -111,6 +111,21 @@ inline F expand(const uint8_t* p, uint64_t bits) {
 #endif
 }
 
+// The next LANES numbers of 16 bits at p.
+template <int STORAGE>
+inline F load_halves(const uint8_t* p) {
+    if constexpr (STORAGE == FLOAT16) return load(reinterpret_cast<const Float16*>(p));
+#if defined(__AVX512F__)
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+#elif defined(__AVX2__)
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
+#else
+    Word halves;
+    memcpy(&halves, p, sizeof halves);
+    return bits_to_float(__builtin_convertvector(halves, I) << 16);
+#endif
+}
+
 // The next LANES codes at p, a stream of BITS bits each. May read 2 bytes more.
 template <int BITS>
 inline F spread_codes(const uint8_t* p);

@@ -1,6 +1,8 @@
 // One layer's step in one parallel region: vectors change basis and are packed, the step attends, and
 // its newest tokens enter the ring. reference.py says what it computes.
 
+#include <omp.h>
+
 #include "../pack/pack.h"
 #include "../window/window.h"
 #include "change.h"
@@ -48,7 +50,25 @@ class Step {
     // Blocks of tokens of one KV head: queries first, they are the most.
     int64_t pieces() const { return call_.num_kv_heads * (query_blocks_ + 2 * key_blocks_); }
 
+    // Asks for the matrices of a piece.
+    void expect(int64_t piece) const {
+        if (piece >= pieces()) return;
+        const int head = static_cast<int>(piece % call_.num_kv_heads);
+        const int64_t block = piece / call_.num_kv_heads - query_blocks_;
+        if (block < 0) return expect(*query_.change, head);
+        const bool key = block % 2 == 0;
+        expect(*(key ? key_ : value_).change, head);
+        const Feedback& feedback = key ? step_.key_feedback : step_.value_feedback;
+        if (feedback.matrix) prefetch(feedback.matrix + head * feedback.stride, matrix_bytes());
+    }
+
+    // Asks for the matrices of the output.
+    void expect_output() const {
+        for (int head = 0; head < call_.num_kv_heads; ++head) expect(call_.out_change, head);
+    }
+
     void prepare(int64_t piece) {
+        expect(piece + call_.num_threads);
         const int head = static_cast<int>(piece % call_.num_kv_heads);
         const int64_t block = piece / call_.num_kv_heads;
         if (block < query_blocks_) {
@@ -60,12 +80,10 @@ class Step {
         const int count = static_cast<int>(last(first, CHANGE_ROWS, tokens_) - first);
         const auto token = [&](int i) { return first + i; };
         if ((block - query_blocks_) % 2 == 0) {
-            expect(step_.key_feedback, head);
             change(key_, head, count, token);
             pack(call_.key, call_.key_stride, layout_.key, &Tile<uint8_t>::key, step_.key_feedback, head,
                  first, count);
         } else {
-            expect(step_.value_feedback, head);
             change(value_, head, count, token);
             pack(call_.value, call_.value_stride, layout_.value, &Tile<uint8_t>::value,
                  step_.value_feedback, head, first, count);
@@ -100,6 +118,12 @@ class Step {
         return result;
     }
 
+    void expect(const Change& change, int head) const {
+        if (change.matrix) prefetch(change.matrix + head * change.matrix_stride, matrix_bytes());
+    }
+
+    int64_t matrix_bytes() const { return int64_t(size_) * size_ * sizeof(Float16); }
+
     static int64_t blocks(int64_t tokens, int each) { return (tokens + each - 1) / each; }
 
     static int64_t last(int64_t first, int count, int64_t end) { return first + count < end ? first + count : end; }
@@ -115,16 +139,11 @@ class Step {
         }
     }
 
-    void expect(const Feedback& feedback, int head) const {
-        if (feedback.matrix) prefetch(feedback.matrix + head * feedback.stride, size_ * size_ * sizeof(Float16));
-    }
-
     // `count` tokens of one KV head, the i-th of which is token(i).
     template <class Token>
     void change(const Rows& rows, int head, int count, Token token) const {
         thread_local Scratch memory;
         if (!rows.stored) return;
-        if (rows.change->matrix) prefetch_matrix(*rows.change, head, size_);
         const int width = rows.group * size_, bytes = rows.group * layout_.row_bytes();
         Carver carver(memory.reserve(2 * (size_t(count) * width * sizeof(float) + 64)));
         float *before = carver.take<float>(count * width), *after = carver.take<float>(count * width);
@@ -170,8 +189,13 @@ SPARSEKV_EXPORT(step)(const StepCall* call) {
     const WindowCall window = step.window();
 #pragma omp parallel num_threads(window.num_threads)
     {
-#pragma omp for schedule(dynamic, 1)
+        const int thread = omp_get_thread_num();
+        step.expect(thread);
+        expect(plan, thread);
+#pragma omp for schedule(dynamic, 1) nowait
         for (int64_t piece = 0; piece < step.pieces(); ++piece) step.prepare(piece);
+        step.expect_output();
+#pragma omp barrier
         attend(plan);
         if (call->fills_window) {
 #pragma omp for schedule(dynamic, 1)
