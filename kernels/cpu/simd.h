@@ -42,12 +42,21 @@ inline void store(float* p, F x) { *reinterpret_cast<UnalignedF*>(p) = x; }
 // As many of the lanes as there are elements, the others 0.
 inline F load_first(const float* p, int count) {
     if (count >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1 << count) - 1), p);
+#else
     F x{};
     memcpy(&x, p, count * sizeof(float));
     return x;
+#endif
 }
 inline void store_first(float* p, F x, int count) {
-    memcpy(p, &x, (count < LANES ? count : LANES) * sizeof(float));
+    if (count >= LANES) return store(p, x);
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << count) - 1), x);
+#else
+    memcpy(p, &x, count * sizeof(float));
+#endif
 }
 inline F broadcast(float x) {
 #if defined(__AVX512F__)
