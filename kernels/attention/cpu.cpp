@@ -1,12 +1,12 @@
 // Paged attention over sparse pages; reference.py says what it computes.
 //
 // Each unit of the plan collects its keys and values in batches and folds them into an online softmax:
-// fold.h in float32, tiles.h with the tile registers of a processor that has them.
+// fold.h in float32, pairs.h in bfloat16 where the processor multiplies that.
 
 #include "../step/change.h"
 #include "fold.h"
 #include "ring.h"
-#include "tiles.h"
+#include "pairs.h"
 
 namespace sparsekv::SPARSEKV_ISA {
 
@@ -236,7 +236,9 @@ void expect(const Plan& plan, int64_t number) {
 
 void attend(const Plan& plan) {
 #if defined(__AMX_BF16__)
-    if (TileFold::serves(plan)) return attend_by<TileFold>(plan);
+    if (PairFold<Tiles>::serves(plan)) return attend_by<PairFold<Tiles>>(plan);
+#elif defined(__AVX512BF16__)
+    if (PairFold<Dots>::serves(plan)) return attend_by<PairFold<Dots>>(plan);
 #endif
     attend_by<Fold>(plan);
 }

@@ -1,15 +1,22 @@
-// Vectors of pages to rows of bfloat16, for bfloat16 models on processors with tile registers. Whole
+// Vectors of pages to rows of bfloat16, for bfloat16 models on processors that multiply those. Whole
 // vectors of one band lose nothing: a code less its zero has 8 significant bits at most.
 #pragma once
 
 #include "../cpu/fp8.h"
 #include "../cpu/layout.h"
 
-#if defined(__AMX_BF16__)
+#if defined(__AVX512BF16__)
 
 namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int HALVES = 32;  // of one register
+
+constexpr int TILE = 16;         // rows that are multiplied together, and pairs of a register
+constexpr int PAIRS_DEPTH = 32;  // elements of as many pairs
+constexpr int PAIR_BATCH = 128;  // keys attended together
+
+// Where the 16 x 16 pairs of elements d to d + 31 and 16 keys lie, pair after pair.
+constexpr int column_tile(int key, int d) { return d / 2 * PAIR_BATCH + key * TILE; }
 
 // For each zero of a scale (codec.h) and each of the codes 0 .. 2^BITS - 1, repeated, the distance of
 // the two in bfloat16.

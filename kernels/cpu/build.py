@@ -36,9 +36,10 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2")
-_AMX = ("-mavx512vbmi", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+_AVX512_BF16 = (*_AVX512, "-mavx512vbmi", "-mavx512bf16")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512, *_AMX),
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    "avx512_bf16": _AVX512_BF16,
     "avx512": _AVX512,
     "avx2": _AVX2,
     "portable": (),
@@ -48,6 +49,7 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 _AVX512_CPU = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2"}
 _CPU_FLAGS = {
     "amx": _AVX512_CPU | {"avx512vbmi", "avx512_bf16", "amx_tile", "amx_bf16"},
+    "avx512_bf16": _AVX512_CPU | {"avx512vbmi", "avx512_bf16"},
     "avx512": _AVX512_CPU,
     "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm"},
     "portable": set(),

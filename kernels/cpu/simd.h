@@ -15,6 +15,8 @@
 
 #if defined(__AMX_BF16__)
 #define SPARSEKV_ISA amx
+#elif defined(__AVX512BF16__)
+#define SPARSEKV_ISA avx512_bf16
 #elif defined(__AVX512F__)
 #define SPARSEKV_ISA avx512
 #elif defined(__AVX2__)
