@@ -24,6 +24,7 @@ class Batch {
         units_ = carver.take<float>(BATCH);
         ones_ = carver.take<float>(BATCH);
         zeros_ = carver.take<float>(BATCH);
+        scales_ = carver.take<uint8_t>(BATCH * sizeof(uint16_t));
         exact_ = layout.storage == INT4 ? carver.take<float>(BATCH * head_size) : nullptr;
     }
 
@@ -68,7 +69,10 @@ class Batch {
     }
 
     // Appends a row of the model dtype as number n.
-    void add_row(const uint8_t* row, int n) { memcpy(values_ + n * row_bytes(), row, row_bytes()); }
+    void add_row(const uint8_t* row, int n) {
+        uint8_t* out = values_ + n * row_bytes();
+        for (int i = 0; i < row_bytes(); i += 32) memcpy(out + i, row + i, 32);  // 16 elements at least
+    }
 
     // What was collected: dense rows, or pruned vectors.
     int storage(bool dense) const {
@@ -80,9 +84,9 @@ class Batch {
 
     Vectors vectors(bool dense, int n) {
         const int64_t row = int64_t(head_size_) * sizeof(float);
-        if (dense) return {values_, bitmap_, row_bytes(), ones_, zeros_};
-        if (layout_.storage == INT4_INT2) return {values_, bitmap_, row, ones_, zeros_};
-        if (!has_nan_) return {place_.values, place_.bitmap, stride(), units_, zeros_};
+        if (dense) return {values_, bitmap_, row_bytes(), ones_, zeros_, scales_};
+        if (layout_.storage == INT4_INT2) return {values_, bitmap_, row, ones_, zeros_, scales_};
+        if (!has_nan_) return {place_.values, place_.bitmap, stride(), units_, zeros_, scales_};
         // Element by element: a NaN unit would spoil the zeros of pruned elements.
         for (int i = 0; i < n; ++i) {
             const uint8_t* survivor = values_ + i * stride();
@@ -92,7 +96,7 @@ class Batch {
                 exact_[i * head_size_ + d] = kept ? static_cast<int8_t>(*survivor++) * unit : 0.f;
             }
         }
-        return {reinterpret_cast<const uint8_t*>(exact_), bitmap_, row, ones_, zeros_};
+        return {reinterpret_cast<const uint8_t*>(exact_), bitmap_, row, ones_, zeros_, scales_};
     }
 
   private:
@@ -123,6 +127,7 @@ class Batch {
     // A NaN step spoils the whole vector, so it needs care only where some elements are pruned.
     void add_scales(const uint8_t* scales, int count, int n) {
         const float unit = whole_ ? 1.f : INT4_UNIT / 8;
+        memcpy(scales_ + n * sizeof(uint16_t), scales, count * sizeof(uint16_t));
         has_nan_ |= decode_scales(layout_.storage, scales, count, unit, units_ + n, zeros_ + n) && !whole_;
     }
 
@@ -150,7 +155,7 @@ class Batch {
 
     int head_size_ = 0, model_storage_ = 0;
     VectorLayout layout_{};
-    uint8_t *values_ = nullptr, *bitmap_ = nullptr;
+    uint8_t *values_ = nullptr, *bitmap_ = nullptr, *scales_ = nullptr;
     struct {
         const uint8_t *values, *bitmap;
     } place_{};

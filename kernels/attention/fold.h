@@ -4,6 +4,7 @@
 
 #include "batch.h"
 #include "codes.h"
+#include "dot_scores.h"
 #include "matrix.h"
 #include "plan.h"
 #include "softmax.h"
@@ -16,10 +17,13 @@ class Fold {
   public:
     static constexpr int BATCH = sparsekv::SPARSEKV_ISA::BATCH;
 
-    explicit Fold(const Plan& plan) : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size) {}
+    explicit Fold(const Plan& plan)
+        : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size),
+          dots_(plan.rows < MATRIX_ROWS && scores_by_dots(layout_)) {}
 
     void carve(Carver& carver) {
         query_ = carver.take<float>(plan_.rows * size_);
+        half_query_ = carver.take<uint16_t>(dots_ ? plan_.rows * size_ : 0);
         code_query_ = carver.take<float>(plan_.rows * code_query_size(size_));
         result = Accumulator(carver.take<float>(Accumulator::floats(plan_.rows, size_)), plan_.rows);
         scores_ = carver.take<float>(plan_.rows * BATCH);
@@ -44,6 +48,10 @@ class Fold {
         queries_ = queries;
         rows_ = queries * plan_.group;
         result.clear(rows_, size_);
+        if (dots_) {
+            for (int i = 0; i < queries; ++i) memcpy(half_query_ + i * width, query(i), width * sizeof(uint16_t));
+            return;
+        }
         const float scale = plan_.call.scale * LOG2_E;
         for (int i = 0; i < queries; ++i) {
             decode_row(layout_.storage, query(i), width, query_ + i * width);
@@ -102,7 +110,10 @@ class Fold {
     void score(int storage, const Vectors& key, int n, Ahead& ahead) {
         for (int row = 0; row < rows_; row += ROW_BLOCK) {
             float* scores = scores_ + row * BATCH;
-            if (storage == INT4 + WHOLE)
+            if (dots_)
+                score_dots(storage, block_rows(row), half_query_ + row * size_, key, n, size_,
+                           plan_.call.scale * LOG2_E, scores, ahead);
+            else if (storage == INT4 + WHOLE)
                 code_kernel(block_rows(row))(code_query_ + row * code_query_size(size_), key, n, size_, scores, ahead);
             else score_kernel(storage, block_rows(row))(query_ + row * size_, key, n, size_, scores, ahead);
         }
@@ -127,7 +138,9 @@ class Fold {
     const Plan& plan_;
     const Layout& layout_;
     const int size_;
+    const bool dots_;  // scores come from half_query_, by dot_scores.h
     int queries_ = 0, rows_ = 0;
+    uint16_t* half_query_ = nullptr;
     float *query_ = nullptr, *code_query_ = nullptr, *scores_ = nullptr;
     float *dense_ = nullptr, *transposed_ = nullptr;
     Batch key_, value_;

@@ -59,17 +59,28 @@ struct Spread {
 template <int BITS>
 inline constexpr Spread<BITS> SPREAD{};
 
-// `count` codes, rounded up to a multiple of 32, of a vector with that scale. May read 16 bytes more.
+// What codes of a vector with that scale stand for, in steps.
 template <int BITS>
-inline void spread_halves(const uint8_t* codes, const uint8_t* scale, int count, uint16_t* out) {
-    const __m512i bytes = _mm512_load_si512(SPREAD<BITS>.bytes), bits = _mm512_load_si512(SPREAD<BITS>.bits);
-    const __m512i table = DISTANCES<BITS>.of(scale);
-    for (int i = 0; i < count; i += HALVES, codes += HALVES * BITS / 8) {
+struct HalvesOf {
+    const __m512i bytes = _mm512_load_si512(SPREAD<BITS>.bytes), bits = _mm512_load_si512(SPREAD<BITS>.bits), table;
+
+    explicit HalvesOf(const uint8_t* scale) : table(DISTANCES<BITS>.of(scale)) {}
+
+    // 32 codes. Reads 16 bytes.
+    __m512i next(const uint8_t* codes) const {
         const __m512i packed = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)codes));
         // The bits above a code look up the same entry, as the table repeats.
         const __m512i index = _mm512_multishift_epi64_epi8(bits, _mm512_permutexvar_epi8(bytes, packed));
-        _mm512_storeu_si512(out + i, _mm512_permutexvar_epi16(index, table));
+        return _mm512_permutexvar_epi16(index, table);
     }
+};
+
+// `count` codes, rounded up to a multiple of 32, of a vector with that scale. May read 16 bytes more.
+template <int BITS>
+inline void spread_halves(const uint8_t* codes, const uint8_t* scale, int count, uint16_t* out) {
+    const HalvesOf<BITS> halves(scale);
+    for (int i = 0; i < count; i += HALVES, codes += HALVES * BITS / 8)
+        _mm512_storeu_si512(out + i, halves.next(codes));
 }
 
 // Survivors to their places, 0 elsewhere. May read 62 bytes more.

@@ -25,6 +25,7 @@ struct Vectors {
     int64_t stride;
     const float* units;  // what each counts in, BATCH of them
     const float* zeros;  // the code of value 0 of each, BATCH of them, where is_packed()
+    const uint8_t* scales;  // as in a page, where is_packed()
 };
 
 // Memory that is read next: each kernel asks for a piece now and then, so that the loads spread over
