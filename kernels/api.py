@@ -122,10 +122,11 @@ def _native_cpu() -> Implementation:
 def _triton() -> Implementation:
     from vllm_sparsekv.kernels.attention.triton import sparse_attention
     from vllm_sparsekv.kernels.pack.triton import pack
+    from vllm_sparsekv.kernels.step.triton import step
     from vllm_sparsekv.kernels.window.triton import write_window
 
     logger.info("sparsekv: Triton kernels")
-    return Implementation.composed(Operations(pack, sparse_attention, write_window))
+    return Implementation(pack, sparse_attention, write_window, step)
 
 
 def pack(

@@ -106,18 +106,29 @@ def attention_report(
 
 def resources(
     kernel: Any,
-    pointers: dict[str, str],
+    pointers: dict[str, Any],
     constants: dict[str, Any],
     capability: int,
     num_warps: int,
 ) -> tuple[int, int]:
-    """Registers a thread and bytes of stack of any kernel; arguments not named are int32."""
+    """Registers a thread and bytes of stack of any kernel; arguments not named are int32.
+
+    Args:
+        pointers: types by name, of groups as tuples of their class; "constexpr" in one is None.
+    """
     signature = {
         name: "constexpr" if name in constants else pointers.get(name, "i32")
         for name in kernel.arg_names
     }
+    absent = {
+        (i, j): None
+        for i, kind in enumerate(signature.values())
+        if isinstance(kind, tuple)
+        for j, part in enumerate(kind)
+        if part == "constexpr"
+    }
     compiled = triton.compile(
-        ASTSource(kernel, signature, constants),
+        ASTSource(kernel, signature, constants | absent),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps},
     )

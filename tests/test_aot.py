@@ -22,9 +22,12 @@ except ImportError as error:
     pytest.skip(f"this triton has no NVIDIA compiler: {error}", allow_module_level=True)
 
 from vllm_sparsekv.kernels.attention import triton as attention  # noqa: E402
+from vllm_sparsekv.kernels.attention.arguments import Partial, Ring, Vectors  # noqa: E402
 from vllm_sparsekv.kernels.attention.launch import Launch, tile_and_warps  # noqa: E402
 from vllm_sparsekv.kernels.pack import triton as pack  # noqa: E402
-from vllm_sparsekv.kernels.pack.triton import pack_constants  # noqa: E402
+from vllm_sparsekv.kernels.pack.triton import num_warps, pack_constants  # noqa: E402
+from vllm_sparsekv.kernels.step import triton as step  # noqa: E402
+from vllm_sparsekv.kernels.step.change import Change  # noqa: E402
 from vllm_sparsekv.kernels.window import triton as window  # noqa: E402
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -208,4 +211,42 @@ def test_window_and_merge_do_not_spill(capability):
     sums = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16", "query_start_loc": "*i32"}
     sizes = {"D": 128, "PADDED": 128}
     _, stack = sass.resources(attention.merge_splits, sums, sizes, capability, 1)
+    assert stack == 0
+
+
+STEPS = [
+    (80, "all int4, int3", 64),
+    (90, "all int4, int3", 256),
+    (90, "int4_int2, int3", 128),
+    (100, "all int3, int2", 128),
+]
+
+
+@pytest.mark.parametrize(("capability", "cache", "head_size"), STEPS)
+def test_step_does_not_spill(capability, cache, head_size):
+    fmt, model = cache_format(cache, head_size), "*bf16"
+    vectors, change = Vectors(model, "i32", "i32"), Change(model, "i32", model)
+    rows = dict.fromkeys(("query", "key", "value"), vectors) | dict.fromkeys(
+        ("asked", "stored_key", "stored_value", "key_feedback", "value_feedback"), model
+    )
+    changes = dict.fromkeys(("key_change", "value_change"), change)
+    changes["query_change"] = Change(model, "i32", "constexpr")
+    constants = {"GROUP": 4, **pack_constants(fmt, 64)}
+    pointers = rows | changes | {"slot_mapping": "*i64", "pages": "*u8"}
+    _, stack = sass.resources(step._prepare, pointers, constants, capability, num_warps(head_size))
+    assert stack == 0
+
+    ring = Ring(model, *["i32"] * 3, "*i32", *["i32"] * 3, "*i32", "i32")
+    pointers = {
+        "partial": Partial("*fp32", "*fp32"),
+        **dict.fromkeys(("stored", "out"), vectors),
+        "change": change,
+        **dict.fromkeys(("key", "value"), model),
+        "ring": ring,
+        **dict.fromkeys(("query_start_loc", "seq_lens"), "*i32"),
+        "slot_mapping": "*i64",
+    }
+    sizes = {"GROUP": 4, "ROWS": 16, "D": head_size, "PADDED": head_size}
+    sizes |= {"SLOTS_PER_BLOCK": 8, "TAG": head_size}
+    _, stack = sass.resources(step._finish, pointers, sizes, capability, num_warps(head_size))
     assert stack == 0

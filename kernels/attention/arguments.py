@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 
@@ -45,6 +46,12 @@ class Ring(NamedTuple):
     tag_slot_stride: Any
     table: Any
     table_stride: Any
+
+
+def ring_arguments(window: torch.Tensor, table: torch.Tensor) -> Ring:
+    """Of the tensors of the reference's ``sparse_attention``."""
+    tags = window.view(torch.int32)
+    return Ring(window, *window.stride()[:3], tags, *tags.stride()[:3], table, table.stride(0))
 
 
 class Partial(NamedTuple):

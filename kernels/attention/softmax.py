@@ -114,26 +114,50 @@ def merge_splits(
     D: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Merge one token's query head; a split weighs 2 ** lse."""
+    """Merge one token's query head."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     if token < tl.load(query_start_loc + num_reqs):
-        num_heads = tl.num_programs(1)
-        element = tl.arange(0, PADDED)
-        maximum = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], tl.float32)
-        merged = tl.zeros([PADDED], tl.float32)
-        for split in range(splits):
-            place = (split * num_tokens + token) * num_heads + head
-            part = tl.load(lse + place)
-            raised = tl.maximum(maximum, part)
-            weight = tl.where(part == float("-inf"), 0.0, tl.exp2(part - raised))
-            correction = tl.where(maximum == float("-inf"), 0.0, tl.exp2(maximum - raised))
-            mask = (element < D) & (weight > 0)
-            merged = merged * correction + weight * tl.load(
-                partial + place * D + element, mask=mask, other=0
-            )
-            total = total * correction + weight
-            maximum = raised
+        element = tl.arange(0, PADDED)[None, :]
+        place = token * tl.num_programs(1) + head + tl.zeros([1], tl.int64)
+        merged = merge_rows(
+            partial,
+            lse,
+            place,
+            tl.full([1], True, tl.int1),
+            num_tokens * tl.num_programs(1),
+            splits,
+            D,
+            PADDED,
+        )
         target = out + token * out_token_stride + head * out_head_stride
-        tl.store(target + element, (merged / total).to(out.dtype.element_ty), mask=element < D)
+        tl.store(target + element, merged.to(out.dtype.element_ty), mask=element < D)
+
+
+@triton.jit
+def merge_rows(
+    partial, lse, place, real, split_stride, splits, D: tl.constexpr, PADDED: tl.constexpr
+):
+    """(ROWS, PADDED) float32, the means of all splits; a split weighs 2 ** lse.
+
+    Args:
+        place: (ROWS,) int64, where the rows are in the first split.
+        real: (ROWS,) bool; the others are NaN.
+        split_stride: rows of a split.
+    """
+    element = tl.arange(0, PADDED)[None, :]
+    maximum = tl.full(place.shape, float("-inf"), tl.float32)
+    total = tl.zeros(place.shape, tl.float32)
+    merged = tl.zeros([place.shape[0], PADDED], tl.float32)
+    for _split in range(splits):
+        part = tl.load(lse + place, mask=real, other=float("-inf"))
+        raised = tl.maximum(maximum, part)
+        weight = tl.where(part == float("-inf"), 0.0, tl.exp2(part - raised))
+        correction = tl.where(maximum == float("-inf"), 0.0, tl.exp2(maximum - raised))
+        mask = (element < D) & (weight > 0)[:, None]
+        means = tl.load(partial + place[:, None] * D + element, mask=mask, other=0)
+        merged = merged * correction[:, None] + weight[:, None] * means
+        total = total * correction + weight
+        maximum = raised
+        place += split_stride
+    return merged / total[:, None]

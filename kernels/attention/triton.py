@@ -18,10 +18,10 @@ from vllm_sparsekv.kernels.attention.arguments import (
     Oldest,
     Pages,
     Partial,
-    Ring,
     Rows,
     Vectors,
     pages_of,
+    ring_arguments,
     ring_of,
     vectors_at,
 )
@@ -67,12 +67,70 @@ def sparse_attention(
     Raises:
         ValueError: the workspace is too small or the scale not positive.
     """
-    if not scale > 0:
-        raise ValueError(f"scale={scale}: must be positive")
     num_tokens, num_heads, size = query.shape
-    num_reqs, num_kv_heads = seq_lens.shape[0], key.shape[1]
+    num_reqs = seq_lens.shape[0]
     if num_tokens == 0 or num_reqs == 0:
         return
+    partial, splits = attend(
+        query,
+        key,
+        value,
+        pages,
+        window,
+        query_start_loc,
+        seq_lens,
+        block_table,
+        window_block_table,
+        scale,
+        fmt,
+        out,
+        sliding_window,
+        soft_cap,
+        sinks,
+        workspace,
+    )
+    if partial is not None:
+        merge_splits[num_tokens, num_heads](
+            *partial,
+            query_start_loc,
+            out,
+            num_reqs,
+            num_tokens,
+            splits,
+            *out.stride()[:2],
+            D=size,
+            PADDED=triton.next_power_of_2(size),
+            num_warps=1,
+        )
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: torch.Tensor,
+    window: torch.Tensor | None,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    window_block_table: torch.Tensor | None,
+    scale: float,
+    fmt: SparseFormat,
+    out: torch.Tensor,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None,
+    workspace: torch.Tensor | None,
+) -> tuple[Partial | None, int]:
+    """As :func:`sparse_attention` of at least one token, but for the merge of several splits.
+
+    Returns:
+        what is to be merged, None where ``out`` is complete, and the number of splits.
+    """
+    if not scale > 0:
+        raise ValueError(f"scale={scale}: must be positive")
+    num_tokens, num_heads, _ = query.shape
+    num_reqs, num_kv_heads = seq_lens.shape[0], key.shape[1]
     group, block_size = num_heads // num_kv_heads, pages.shape[2]
     launch = choose_launch(
         query, num_kv_heads, num_reqs, block_table.shape[1] * block_size, sliding_window
@@ -90,15 +148,7 @@ def sparse_attention(
     if window is not None:
         slots_per_block = window.shape[2]
         ring_slots = window_block_table.shape[1] * slots_per_block
-        tags = window.view(torch.int32)
-        ring = Ring(
-            window,
-            *window.stride()[:3],
-            tags,
-            *tags.stride()[:3],
-            window_block_table,
-            window_block_table.stride(0),
-        )
+        ring = ring_arguments(window, window_block_table)
     tiles = num_tokens // (launch.rows // group) + num_reqs
     target = capability(query.device)
     _attend[tiles, num_kv_heads, launch.splits](
@@ -121,19 +171,7 @@ def sparse_attention(
         **attend_constants(fmt, group, block_size, slots_per_block, launch, target),
         **attend_options(fmt, launch, target),
     )
-    if partial is not None:
-        merge_splits[num_tokens, num_heads](
-            *partial,
-            query_start_loc,
-            out,
-            num_reqs,
-            num_tokens,
-            launch.splits,
-            *out.stride()[:2],
-            D=size,
-            PADDED=triton.next_power_of_2(size),
-            num_warps=1,
-        )
+    return partial, launch.splits
 
 
 @triton.jit(do_not_specialize=["num_reqs", "num_tokens", "ring_slots", "sliding_window"])

@@ -58,7 +58,13 @@ def pack(
         pages.stride(0),
         pages.stride(1),
         **pack_constants(fmt, pages.shape[2]),
+        num_warps=num_warps(fmt.head_size),
     )
+
+
+def num_warps(head_size: int) -> int:
+    """Of a program over ROWS vectors, so that they and a part of a matrix fit registers."""
+    return 8 if head_size > 128 else 4
 
 
 def pack_constants(fmt: SparseFormat, block_size: int) -> dict[str, Any]:
@@ -104,47 +110,41 @@ def _pack(
     tile = slot // BLOCK_SIZE * block_stride + head * head_stride
     page = pages + tl.where(slot >= 0, tile, 0)
     offset = (slot % BLOCK_SIZE).to(tl.int32)
-    source = (token.to(tl.int64) * num_heads + head) * D
+    source = ((token.to(tl.int64) * num_heads + head) * D)[:, None]
+    real = slot >= 0
+    corner = head * D * D
     if tl.program_id(2) == 0:
-        missing = _pack_rows(
-            key + source,
-            slot >= 0,
+        first = _load(key + source, real, K[7])
+        second = None
+        if K2 is not None:
+            second = _load(key + source + K[7], real, K2[7])
+        pack_vectors(
+            first,
+            second,
+            real,
             page,
             offset,
             key_feedback,
-            head * D * D,
-            None,
+            corner,
             K,
+            K2,
             BITS,
             K_SURVIVORS,
             LENGTH,
             D,
         )
-        if K2 is not None:
-            _pack_rows(
-                key + source + K[7],
-                slot >= 0,
-                page,
-                offset,
-                key_feedback,
-                head * D * D + K[7] * (D + 1),
-                missing,
-                K2,
-                BITS,
-                K_SURVIVORS,
-                LENGTH,
-                D,
-            )
     else:
-        _pack_rows(
-            value + source,
-            slot >= 0,
+        whole = _load(value + source, real, V[7])
+        pack_vectors(
+            whole,
+            None,
+            real,
             page,
             offset,
             value_feedback,
-            head * D * D,
-            None,
+            corner,
             V,
+            None,
             BITS,
             V_SURVIVORS,
             LENGTH,
@@ -153,8 +153,63 @@ def _pack(
 
 
 @triton.jit
+def _load(source, real, D: tl.constexpr):
+    """(ROWS, D) of pointers to their first elements (ROWS, 1), padded by zeros."""
+    element = tl.arange(0, triton.next_power_of_2(D))[None, :]
+    return tl.load(source + element, mask=real[:, None] & (element < D), other=0)
+
+
+@triton.jit
+def pack_vectors(
+    x,
+    x2,
+    real,
+    page,
+    offset,
+    feedback,
+    corner,
+    VECTORS: tl.constexpr,
+    VECTORS2: tl.constexpr,
+    BITS: tl.constexpr,
+    SURVIVORS: tl.constexpr,
+    LENGTH: tl.constexpr,
+    D: tl.constexpr,
+):
+    """Prune and store vectors x (ROWS, D), or bands x and x2 of some; the rest as `_pack_rows`."""
+    missing = _pack_rows(
+        x,
+        real,
+        page,
+        offset,
+        feedback,
+        corner,
+        None,
+        VECTORS,
+        BITS,
+        SURVIVORS,
+        LENGTH,
+        D,
+    )
+    if VECTORS2 is not None:
+        _pack_rows(
+            x2,
+            real,
+            page,
+            offset,
+            feedback,
+            corner + VECTORS[7] * (D + 1),
+            missing,
+            VECTORS2,
+            BITS,
+            SURVIVORS,
+            LENGTH,
+            D,
+        )
+
+
+@triton.jit
 def _pack_rows(
-    source,
+    x,
     real,
     page,
     offset,
@@ -170,7 +225,7 @@ def _pack_rows(
     """Prune and store vectors, which may be a run of elements of longer ones.
 
     Args:
-        source: (ROWS,) pointers to the vectors.
+        x: (ROWS, PADDED) model dtype, 0 beyond the vectors' elements.
         real: (ROWS,) bool, the others are not stored.
         page: (ROWS,) pointers to uint8, the tile of the KV head in a block.
         offset: (ROWS,) int32, places of the tokens in their blocks.
@@ -191,7 +246,6 @@ def _pack_rows(
     PADDED: tl.constexpr = triton.next_power_of_2(D)
     values = page + (VECTORS[3] + offset * VECTORS[4])
     element = tl.arange(0, PADDED)[None, :]
-    x = tl.load(source[:, None] + element, mask=real[:, None] & (element < D), other=0)
     ROWS: tl.constexpr = x.shape[0]
     wide = x.to(tl.float32)
     missing = tl.zeros_like(wide)

@@ -72,8 +72,64 @@ def _write_window(
     TAG: tl.constexpr,
 ):
     token = tl.program_id(0)
-    head = tl.program_id(1)
-    if token < tl.load(query_start_loc + num_reqs) and tl.load(slot_mapping + token) >= 0:
+    if token < tl.load(query_start_loc + num_reqs):
+        write_slot(
+            key,
+            value,
+            window,
+            tags,
+            query_start_loc,
+            seq_lens,
+            slot_mapping,
+            window_block_table,
+            num_reqs,
+            block_stride,
+            head_stride,
+            slot_stride,
+            tag_block_stride,
+            tag_head_stride,
+            tag_slot_stride,
+            table_stride,
+            ring,
+            token,
+            tl.program_id(1),
+            tl.num_programs(1),
+            SLOTS_PER_BLOCK,
+            D,
+            PADDED,
+            TAG,
+        )
+
+
+@triton.jit
+def write_slot(
+    key,
+    value,
+    window,
+    tags,
+    query_start_loc,
+    seq_lens,
+    slot_mapping,
+    window_block_table,
+    num_reqs,
+    block_stride,
+    head_stride,
+    slot_stride,
+    tag_block_stride,
+    tag_head_stride,
+    tag_slot_stride,
+    table_stride,
+    ring,
+    token,
+    head,
+    num_heads,
+    SLOTS_PER_BLOCK: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    TAG: tl.constexpr,
+):
+    """One token of a request to its slot, if it is one of the newest and has one."""
+    if tl.load(slot_mapping + token) >= 0:
         request = find_request(query_start_loc, num_reqs, token, 0)
         length = tl.load(seq_lens + request)
         position = length - tl.load(query_start_loc + request + 1) + token
@@ -85,7 +141,7 @@ def _write_window(
             slot = place % SLOTS_PER_BLOCK
             element = tl.arange(0, PADDED)
             inside = element < D
-            source = (token * tl.num_programs(1) + head).to(tl.int64) * D + element
+            source = (token * num_heads + head).to(tl.int64) * D + element
             target = window + block * block_stride + head * head_stride + slot * slot_stride
             tl.store(target + element, tl.load(key + source, mask=inside), mask=inside)
             tl.store(target + D + element, tl.load(value + source, mask=inside), mask=inside)

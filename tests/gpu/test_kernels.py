@@ -20,6 +20,7 @@ from helpers import (
     build_case,
 )
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
+from steps import SPECS, assert_step, layer_of
 
 from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
@@ -52,6 +53,12 @@ def cache_of(codec: str) -> dict[str, Any]:
         "key_dtype": codec,
         "value_dtype": "int3" if CODECS[codec].bands > 1 else codec,
     }
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("spec", SPECS)
+def test_step(spec, calibrated):
+    assert_step(spec, layer_of(spec, calibrated, DEVICE), DEVICE)
 
 
 LONG = tuple(Request(context, 1) for context in (0, 1, 8191, 12345, 30000, 63))

@@ -56,7 +56,7 @@ class LayerBasis(NamedTuple):
 
 @dataclass(frozen=True)
 class Basis:
-    """Matrices of one layer, each (D, D) or (num_kv_heads, D, D), and means, (num_kv_heads, D).
+    """Contiguous matrices of one layer, (D, D) or (num_kv_heads, D, D), means (num_kv_heads, D).
 
     None where nothing changes.
 
@@ -90,7 +90,7 @@ class Basis:
         if torch.device(device).type != "cpu":
             exact = all(torch.equal(matrix.to(fmt.dtype).float(), matrix) for matrix in matrices)
             dtype = fmt.dtype if exact else torch.float32
-        forward, inverse = (matrix.to(device, dtype) for matrix in matrices)
+        forward, inverse = (matrix.to(device, dtype).contiguous() for matrix in matrices)
         key, query = (forward, inverse.mT.contiguous()) if fmt.key.rotated else (None, None)
         value, output = (forward, inverse) if fmt.value.rotated else (None, None)
         return cls(key, query, value, output)
@@ -162,7 +162,7 @@ def _calibrated(
         forward = forward @ _rotation_of_bands(vector)[0]
     forward = forward.to(dtype)
     inverse = torch.linalg.inv(forward.double()).to(dtype)
-    return forward.to(device), inverse.to(device)
+    return forward.to(device), inverse.to(device).contiguous()
 
 
 def _feedback(
