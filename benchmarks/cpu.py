@@ -15,6 +15,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,11 @@ def tiled(sample: torch.Tensor, blocks: int) -> torch.Tensor:
     return sample.repeat(-(-blocks // len(sample)), *[1] * (sample.dim() - 1))[:blocks].contiguous()
 
 
-def dense(shape: Shape) -> Callable[[], None]:
-    """vLLM's paged attention on the CPU, as its CPU_ATTN backend calls it."""
-    step, size = shape.step(), shape.head_size
-    sample = torch.randn(8, shape.kv_heads, 2 * BLOCK_SIZE, size).to(shape.dtype)
-    cache = tiled(sample, shape.batch * shape.blocks + 1)
-    key_cache, value_cache = cache.chunk(2, dim=2)
-    isa = _get_attn_isa(shape.dtype, BLOCK_SIZE, size)
+def dense_attention(
+    shape: Shape, step: dict[str, torch.Tensor]
+) -> tuple[str, Callable[[torch.Tensor, torch.Tensor], None]]:
+    """vLLM's paged attention over caches of keys and values, and its instruction set."""
+    isa = _get_attn_isa(shape.dtype, BLOCK_SIZE, shape.head_size)
     if isa == "amx":
         # An engine's first matrix product asks the system for the tile registers; here nobody has.
         torch.cpu._init_amx()
@@ -114,7 +113,7 @@ def dense(shape: Shape) -> Callable[[], None]:
         num_reqs=shape.batch,
         num_heads=shape.heads,
         num_kv_heads=shape.kv_heads,
-        head_dim=size,
+        head_dim=shape.head_size,
         seq_lens=step["seq_lens"],
         dtype=shape.dtype,
         query_start_loc=step["query_start_loc"],
@@ -124,7 +123,7 @@ def dense(shape: Shape) -> Callable[[], None]:
         enable_kv_split=True,
     )
 
-    def call() -> None:
+    def attend(key_cache: torch.Tensor, value_cache: torch.Tensor) -> None:
         vllm_ops.cpu_attention_with_kv_cache(
             query=step["query"],
             key_cache=key_cache,
@@ -132,7 +131,7 @@ def dense(shape: Shape) -> Callable[[], None]:
             output=step["out"],
             query_start_loc=step["query_start_loc"],
             seq_lens=step["seq_lens"],
-            scale=size**-0.5,
+            scale=shape.head_size**-0.5,
             causal=True,
             alibi_slopes=None,
             sliding_window=-1,
@@ -142,7 +141,19 @@ def dense(shape: Shape) -> Callable[[], None]:
             s_aux=None,
         )
 
-    return call
+    return isa, attend
+
+
+def dense_cache(shape: Shape) -> tuple[torch.Tensor, ...]:
+    """Keys and values of random numbers, as vLLM's CPU_ATTN backend keeps them."""
+    sample = torch.randn(8, shape.kv_heads, 2 * BLOCK_SIZE, shape.head_size).to(shape.dtype)
+    return tiled(sample, shape.batch * shape.blocks + 1).chunk(2, dim=2)
+
+
+def dense(shape: Shape) -> Callable[[], None]:
+    """vLLM's paged attention on the CPU, as its CPU_ATTN backend calls it."""
+    _, attend = dense_attention(shape, shape.step())
+    return partial(attend, *dense_cache(shape))
 
 
 def format_of(shape: Shape, chosen: tuple[float, float, str, str]) -> SparseFormat:
@@ -150,9 +161,9 @@ def format_of(shape: Shape, chosen: tuple[float, float, str, str]) -> SparseForm
     return SparseFormat.from_config(config, shape.head_size, shape.dtype)
 
 
-def sparse(shape: Shape, fmt: SparseFormat) -> Callable[[], None]:
-    """Our attention over pages that hold pruned random vectors and a full window."""
-    step, heads = shape.step(), shape.kv_heads
+def sparse_memory(shape: Shape, fmt: SparseFormat) -> tuple[torch.Tensor, ...]:
+    """Pages that hold pruned random vectors, a full window, and the ring blocks of requests."""
+    heads = shape.kv_heads
     sample = torch.zeros(8, heads, BLOCK_SIZE, fmt.token_bytes, dtype=torch.uint8)
     x = torch.randn(8 * BLOCK_SIZE, heads, shape.head_size).to(shape.dtype)
     api.pack(x, x.flip(0), torch.arange(len(x)), sample, fmt)
@@ -160,20 +171,28 @@ def sparse(shape: Shape, fmt: SparseFormat) -> Callable[[], None]:
 
     slots = fmt.slots_per_block(BLOCK_SIZE)
     ring = fmt.blocks_per_ring(slots)
-    window_table = (torch.arange(shape.batch * ring) + 1).view(shape.batch, ring).int()
+    table = (torch.arange(shape.batch * ring) + 1).view(shape.batch, ring).int()
     elements = fmt.slot_bytes // shape.dtype.itemsize
     window = torch.zeros(shape.batch * ring + 1, heads, slots, elements, dtype=shape.dtype)
     held = min(WINDOW, shape.context)
+    newest = tiled(x, held * shape.batch)
     api.write_window(
-        x[: held * shape.batch],
-        x[: held * shape.batch],
+        newest,
+        newest,
         window,
         (torch.arange(shape.batch + 1) * held).int(),
         torch.full((shape.batch,), shape.context).int(),
         torch.zeros(held * shape.batch, dtype=torch.long),
-        window_table,
+        table,
         fmt,
     )
+    return pages, window, table
+
+
+def sparse(shape: Shape, fmt: SparseFormat) -> Callable[[], None]:
+    """Our attention over what :func:`sparse_memory` gives."""
+    step = shape.step()
+    pages, window, window_table = sparse_memory(shape, fmt)
 
     def call() -> None:
         api.sparse_attention(

@@ -189,6 +189,30 @@ def steps() -> str:
     return markdown(rows)
 
 
+def steps_avx512() -> str:
+    """Decode steps and first tokens of both models on the machine with AVX-512."""
+    found = {
+        title: read(f"step_{name}_avx512")
+        for title, name in (
+            ("SmolLM2-135M, bfloat16", "smollm2_bf16"),
+            ("SmolLM2-135M, float32", "smollm2_float32"),
+            ("Gemma-3-270M, bfloat16", "gemma_bf16"),
+        )
+    }
+    shapes = ("1 x 128", "4 x 128", "32 x 128", "4 x 512", "8 x 1024", "4 x 4096", "4 x 7680")
+    prompts = ("512", "2048", "7680")
+    head = ["requests x context", *map(_shape, shapes), *(f"first of {int(n):,}" for n in prompts)]
+    rows = [
+        [
+            title,
+            *(_ratio(measured["decode"], key) for key in shapes),
+            *(_ratio(measured["first_token"], key) for key in prompts),
+        ]
+        for title, measured in found.items()
+    ]
+    return markdown([head, *rows])
+
+
 def steps_avx2() -> str:
     """Decode steps and first tokens of Gemma-3-270M on the machine with AVX2."""
     found = read("step_gemma_float32_avx2")
@@ -230,6 +254,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_xeon": lambda: kernels("kernels_xeon", LATEST),
     "steps": steps,
     "steps_avx2": steps_avx2,
+    "steps_avx512": steps_avx512,
     "transfer": transfer,
 }
 

@@ -17,15 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import (
-    REFERENCE,
-    CaseSpec,
-    Ops,
-    Request,
-    assert_same_bytes,
-    attention_error,
-    build_case,
-)
+from compare import assert_same_bytes, attention_error
+from helpers import REFERENCE, CaseSpec, Ops, Request, build_case
 
 from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import BasisFile, write_basis

@@ -224,37 +224,6 @@ class Case:
         return torch.cat(rows)
 
 
-def attention_error(case: Case, ops: Ops = REFERENCE) -> float:
-    """Largest |out - expected|; NaN where anything poisoned leaked."""
-    error = (case.attend(ops).double().cpu() - case.expected).abs()
-    return error.max().item() if error.numel() else 0.0
-
-
-def assert_attention(case: Case, ops: Ops = REFERENCE, slack: float = 3e-6) -> None:
-    """Every element within half a unit in the last place of ``out``, plus ``slack``.
-
-    The default slack is what float32 arithmetic needs on these cases; a kernel that multiplies in
-    a narrower type needs more.
-    """
-    error = (case.attend(ops).double().cpu() - case.expected).abs()
-    excess = error - torch.finfo(case.spec.dtype).eps / 2 * case.expected.abs()
-    wrong = (~(excess <= slack)).nonzero()
-    assert not len(wrong), (
-        f"{case.spec}: {len(wrong)} of {error.numel()} elements off, "
-        f"by at most {excess.max():.3g}, first (token, head, element) {wrong[0].tolist()}"
-    )
-
-
-def assert_same_bytes(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal bit for bit, NaNs included."""
-    assert actual.shape == expected.shape and actual.dtype == expected.dtype
-    actual, expected = (t.cpu().contiguous().view(torch.uint8) for t in (actual, expected))
-    wrong = (actual != expected).nonzero()
-    assert not len(wrong), (
-        f"{len(wrong)} of {actual.numel()} bytes differ, first at {wrong[0].tolist()}"
-    )
-
-
 def build_case(spec: CaseSpec, ops: Ops = REFERENCE, device: torch.device | str = "cpu") -> Case:
     """Write the batch's history with ``ops`` and return its attention step.
 

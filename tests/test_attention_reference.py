@@ -6,15 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import (
-    REFERENCE,
-    CaseSpec,
-    Request,
-    assert_attention,
-    assert_same_bytes,
-    attention_error,
-    build_case,
-)
+from compare import assert_attention, assert_same_bytes, attention_error
+from helpers import REFERENCE, CaseSpec, Request, build_case
 from oracle import dense_attention
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import REFERENCE, assert_same_bytes
+from compare import assert_same_bytes
+from helpers import REFERENCE
 
 from vllm_sparsekv.format.feedback import block_length, feedback_matrix
 from vllm_sparsekv.format.layout import SparseFormat

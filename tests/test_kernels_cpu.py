@@ -9,17 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import (
-    REFERENCE,
-    Case,
-    CaseSpec,
-    Ops,
-    Request,
-    assert_attention,
-    assert_same_bytes,
-    attention_error,
-    build_case,
-)
+from compare import assert_attention, assert_same_bytes, attention_error
+from helpers import REFERENCE, Case, CaseSpec, Ops, Request, build_case
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX, batches
 
 from vllm_sparsekv.format.codecs import CODECS

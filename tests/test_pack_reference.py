@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from helpers import CaseSpec, Request, assert_same_bytes, build_case
+from compare import assert_same_bytes
+from helpers import CaseSpec, Request, build_case
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import pruned

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import Case, CaseSpec, Request, assert_same_bytes, build_case
+from compare import assert_same_bytes
+from helpers import Case, CaseSpec, Request, build_case
 from ragged import batches
 
 from vllm_sparsekv.format.basis import Basis, LayerBasis

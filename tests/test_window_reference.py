@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import REFERENCE, Ops, assert_same_bytes, build_case
+from compare import assert_same_bytes
+from helpers import REFERENCE, Ops, build_case
 from oracle import as_read, dense_attention
 from ragged import RAGGED_MATRIX
 

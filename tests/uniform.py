@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from helpers import REFERENCE, UNWRITTEN, CaseSpec, Ops, Request, assert_attention
+from compare import assert_attention
+from helpers import REFERENCE, UNWRITTEN, CaseSpec, Ops, Request
 from helpers import assert_same_bytes as assert_same
 from helpers import build_case as build
 

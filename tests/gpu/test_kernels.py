@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 import torch
 import uniform
-from helpers import (
-    REFERENCE,
-    CaseSpec,
-    Ops,
-    Request,
-    assert_attention,
-    assert_same_bytes,
-    build_case,
-)
+from compare import assert_attention, assert_same_bytes
+from helpers import REFERENCE, CaseSpec, Ops, Request, build_case
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 from steps import SPECS, assert_step, layer_of
 

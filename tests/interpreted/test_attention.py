@@ -10,7 +10,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, build_case
+from compare import assert_attention
+from helpers import REFERENCE, CaseSpec, Ops, Request, build_case
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX, pairwise
 
 from vllm_sparsekv.kernels.attention import history

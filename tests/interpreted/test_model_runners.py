@@ -12,7 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import REFERENCE, CaseSpec, Request, assert_attention, assert_same_bytes, build_case
+from compare import assert_attention, assert_same_bytes
+from helpers import REFERENCE, CaseSpec, Request, build_case
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,

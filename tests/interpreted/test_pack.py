@@ -6,7 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import REFERENCE, assert_same_bytes, build_case
+from compare import assert_same_bytes
+from helpers import REFERENCE, build_case
 from ragged import AXES, EMPTY, matrix, pairwise
 
 from vllm_sparsekv.format.feedback import feedback_matrix

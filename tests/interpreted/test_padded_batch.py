@@ -6,7 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import REFERENCE, CaseSpec, Ops, Request, assert_attention, assert_same_bytes
+from compare import assert_attention, assert_same_bytes
+from helpers import REFERENCE, CaseSpec, Ops, Request
 from helpers import build_case as build
 
 from vllm_sparsekv.kernels.attention.triton import sparse_attention

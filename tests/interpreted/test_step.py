@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import CaseSpec, assert_same_bytes, build_case
+from compare import assert_same_bytes
+from helpers import CaseSpec, build_case
 from steps import SPECS, assert_step, layer_of, run
 
 from vllm_sparsekv.kernels import api

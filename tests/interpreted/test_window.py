@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from helpers import REFERENCE, assert_same_bytes, build_case
+from compare import assert_same_bytes
+from helpers import REFERENCE, build_case
 from ragged import AXES, RAGGED_MATRIX, matrix
 
 from vllm_sparsekv.kernels.window.triton import write_window
