@@ -11,6 +11,7 @@ a part's time is the difference of two medians.
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 LAYERS = 30
 WEIGHTS = 9 << 20
 """Bytes of a layer of SmolLM2-135M in bfloat16."""
-ROUNDS = 24
+ROUNDS = 40
 SHAPES = ("4x128", "32x128", "4x512", "8x1024", "4x4096")
 
 Call = Callable[[int], None]
@@ -68,10 +69,13 @@ def sparse(shape: Shape, step: dict[str, torch.Tensor], slots: torch.Tensor) -> 
     vectors = step["query"], step["key"], step["value"]
     batch = api.Batch(*where, slots, table)
 
+    attends = [api.Layer(fmt, Basis(), scale) for _ in range(LAYERS)]
+
     def attention(layer: int) -> None:
-        api.sparse_attention(
-            *vectors, pages[layer], windows[layer], *where, table, scale, fmt, step["out"]
-        )
+        memory = pages[layer], windows[layer], step["out"]
+        kept = step["key"], step["value"]
+        reads = step["query"], None, None
+        api.step(attends[layer], batch, *reads, *memory, kept=kept, fills_window=False)
 
     def steps(basis: Callable[[], Basis]) -> Call:
         layers = [api.Layer(fmt, basis(), scale) for _ in range(LAYERS)]
@@ -98,9 +102,10 @@ def measure(shape: Shape) -> dict[str, float]:
     calls = {"dense": dense(shape, step, slots)} | sparse(shape, step, slots)
     weights = [torch.ones(WEIGHTS // 4) for _ in range(LAYERS)]
     times: dict[str, list[float]] = {name: [] for name in calls}
+    shuffle = random.Random(0)
     for _ in range(ROUNDS):
-        for name, call in calls.items():
-            spent = 0.0
+        for name in shuffle.sample([*calls], len(calls)):  # what was before leaves its traces
+            call, spent = calls[name], 0.0
             for layer in range(LAYERS):
                 weights[layer].sum()
                 start = time.perf_counter()

@@ -11,17 +11,25 @@ constexpr int PANEL = 32;  // columns that lie together, row after row, as step.
 
 inline void multiply(const Change& change, int head, const float* rows, int count, int size, float* out) {
     const Float16* panel = change.matrix + head * change.matrix_stride;
-    thread_local Scratch memory;
-    float* wide = static_cast<float*>(memory.reserve(size_t(size) * PANEL * sizeof(float)));
-    for (int j = 0; j < size; j += PANEL) {
-        const int columns = size - j < PANEL ? size - j : PANEL;
-        if (count <= PRODUCT_ROWS) {
+    if (count <= PRODUCT_ROWS) {
+        for (int j = 0; j < size; j += PANEL, panel += size * PANEL) {
+            const int columns = size - j < PANEL ? size - j : PANEL;
             product(rows, size, panel, columns, out + j, size, count, size, columns, false);
-        } else {
-            for (int i = 0; i < size * columns; i += LANES) store(wide + i, load(panel + i));
-            product(rows, size, wide, columns, out + j, size, count, size, columns, false);
         }
-        panel += size * columns;
+        return;
+    }
+    // Many rows read float32, in panels as wide as a block of the product.
+    constexpr int WIDE = PRODUCT_WIDTH * LANES > PANEL ? PRODUCT_WIDTH * LANES : PANEL;
+    thread_local Scratch memory;
+    float* wide = static_cast<float*>(memory.reserve(size_t(size) * WIDE * sizeof(float)));
+    for (int j = 0; j < size; j += WIDE) {
+        const int all = size - j < WIDE ? size - j : WIDE;
+        for (int first = 0; first < all; first += PANEL) {
+            const int columns = all - first < PANEL ? all - first : PANEL;
+            for (int i = 0; i < size; ++i, panel += columns)
+                for (int k = 0; k < columns; k += LANES) store(wide + i * all + first + k, load(panel + k));
+        }
+        product(rows, size, wide, all, out + j, size, count, size, all, false);
     }
 }
 
