@@ -29,7 +29,7 @@ help:
 	@echo "make lint          check style and types"
 	@echo "make docs          build the documentation in build/docs; links and warnings are checked"
 	@echo "make wheel         build dist/*.whl with the CPU kernels compiled for this torch"
-	@echo "make bench-step    measure decode steps and first tokens, both engines step by step in turn"
+	@echo "make bench-step    measure decode steps and first tokens, both engines step by step in turn, and a layer's parts"
 	@echo "make bench-transfer  measure prompts read from files against prompts computed"
 	@echo "make bench-kernels  measure the CPU kernels against vLLM's dense CPU attention"
 	@echo "make bench-accuracy  measure what every cache costs in quality, on held-out texts"
@@ -134,6 +134,7 @@ wheel: $(SETUP)
 bench-step: $(SETUP) model
 	$(BIN)/python benchmarks/step.py --dtype bfloat16
 	$(BIN)/python benchmarks/step.py --dtype float32
+	$(BIN)/python benchmarks/layer.py
 
 bench-transfer: $(SETUP) model
 	$(BIN)/python benchmarks/transfer.py

@@ -189,6 +189,18 @@ def steps() -> str:
     return markdown(rows)
 
 
+TO_REACH = {
+    "4 x 128": 1.0,
+    "4 x 512": 1.1,
+    "8 x 1024": 1.3,
+    "4 x 4096": 1.8,
+    "4 x 7680": 2.0,
+    "512": 1.0,
+    "2048": 1.0,
+    "7680": 1.0,
+}
+
+
 def steps_avx512() -> str:
     """Decode steps and first tokens of both models on the machine with AVX-512."""
     found = {
@@ -199,10 +211,13 @@ def steps_avx512() -> str:
             ("Gemma-3-270M, bfloat16", "gemma_bf16"),
         )
     }
-    shapes = ("1 x 128", "4 x 128", "32 x 128", "4 x 512", "8 x 1024", "4 x 4096", "4 x 7680")
-    prompts = ("512", "2048", "7680")
-    head = ["requests x context", *map(_shape, shapes), *(f"first of {int(n):,}" for n in prompts)]
+    shapes, prompts = [*found["SmolLM2-135M, bfloat16"]["decode"]], ("512", "2048", "7680")
+    goals = (TO_REACH.get(key) for key in (*shapes, *prompts))
     rows = [
+        ["", *map(_shape, shapes), *(f"first of {int(tokens):,}" for tokens in prompts)],
+        ["to reach", *("" if goal is None else f"{goal:.1f}x" for goal in goals)],
+    ]
+    rows += [
         [
             title,
             *(_ratio(measured["decode"], key) for key in shapes),
@@ -210,7 +225,16 @@ def steps_avx512() -> str:
         ]
         for title, measured in found.items()
     ]
-    return markdown([head, *rows])
+    return markdown(rows)
+
+
+def layer() -> str:
+    """Where the time of a layer's decode step goes."""
+    found = read("layer")["microseconds"]
+    parts = [*next(iter(found.values()))]
+    rows = [["microseconds a layer", "vLLM's own", "ours", *parts[2:]]]
+    rows += [[_shape(key), *(f"{row[part]:.0f}" for part in parts)] for key, row in found.items()]
+    return markdown(rows)
 
 
 def steps_avx2() -> str:
@@ -252,9 +276,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": lambda: kernels("kernels", LATEST),
     "kernels_avx512": lambda: kernels("kernels_avx512", (*LATEST[:-1], "int3/int2")),
     "kernels_xeon": lambda: kernels("kernels_xeon", LATEST),
+    "steps_avx512": steps_avx512,
+    "layer": layer,
     "steps": steps,
     "steps_avx2": steps_avx2,
-    "steps_avx512": steps_avx512,
     "transfer": transfer,
 }
 
