@@ -204,7 +204,8 @@ def test_pack_with_feedback_does_not_spill(capability, key, head_size):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_window_and_merge_do_not_spill(capability):
     lengths = dict.fromkeys(("query_start_loc", "seq_lens", "window_block_table", "tags"), "*i32")
-    vectors = dict.fromkeys(("key", "value", "window"), "*bf16") | {"slot_mapping": "*i64"}
+    vectors = dict.fromkeys(("key", "value"), Vectors("*bf16", "i32", "i32"))
+    vectors |= {"window": "*bf16", "slot_mapping": "*i64"}
     sizes = {"SLOTS_PER_BLOCK": 8, "D": 128, "PADDED": 128, "TAG": 128}
     _, stack = sass.resources(window._write_window, lengths | vectors, sizes, capability, 4)
     assert stack == 0
@@ -239,9 +240,8 @@ def test_step_does_not_spill(capability, cache, head_size):
     ring = Ring(model, *["i32"] * 3, "*i32", *["i32"] * 3, "*i32", "i32")
     pointers = {
         "partial": Partial("*fp32", "*fp32"),
-        **dict.fromkeys(("stored", "out"), vectors),
+        **dict.fromkeys(("stored", "out", "key", "value"), vectors),
         "change": change,
-        **dict.fromkeys(("key", "value"), model),
         "ring": ring,
         **dict.fromkeys(("query_start_loc", "seq_lens"), "*i32"),
         "slot_mapping": "*i64",

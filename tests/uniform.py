@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from compare import assert_attention
+from compare import assert_same_bytes as assert_same
 from helpers import REFERENCE, UNWRITTEN, CaseSpec, Ops, Request
-from helpers import assert_same_bytes as assert_same
 from helpers import build_case as build
 
 ROWS = 3

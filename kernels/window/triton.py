@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.kernels.attention.arguments import Vectors
 from vllm_sparsekv.kernels.triton import find_request
 
 
@@ -27,8 +28,8 @@ def write_window(
         return
     tags = window.view(torch.int32)
     _write_window[num_tokens, key.shape[1]](
-        key.contiguous(),
-        value.contiguous(),
+        Vectors(key, *key.stride()[:2]),
+        Vectors(value, *value.stride()[:2]),
         window,
         tags,
         query_start_loc,
@@ -93,7 +94,6 @@ def _write_window(
             ring,
             token,
             tl.program_id(1),
-            tl.num_programs(1),
             SLOTS_PER_BLOCK,
             D,
             PADDED,
@@ -122,7 +122,6 @@ def write_slot(
     ring,
     token,
     head,
-    num_heads,
     SLOTS_PER_BLOCK: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
@@ -141,9 +140,11 @@ def write_slot(
             slot = place % SLOTS_PER_BLOCK
             element = tl.arange(0, PADDED)
             inside = element < D
-            source = (token * num_heads + head).to(tl.int64) * D + element
             target = window + block * block_stride + head * head_stride + slot * slot_stride
-            tl.store(target + element, tl.load(key + source, mask=inside), mask=inside)
-            tl.store(target + D + element, tl.load(value + source, mask=inside), mask=inside)
+            wide = token.to(tl.int64)
+            k = key.start + wide * key.token_stride + head * key.head_stride + element
+            v = value.start + wide * value.token_stride + head * value.head_stride + element
+            tl.store(target + element, tl.load(k, mask=inside), mask=inside)
+            tl.store(target + D + element, tl.load(v, mask=inside), mask=inside)
             tag = block * tag_block_stride + head * tag_head_stride + slot * tag_slot_stride
             tl.store(tags + tag + TAG, position + 1)

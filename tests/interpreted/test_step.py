@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -63,6 +64,12 @@ def test_launches(spec, layer, monkeypatch):
     monkeypatch.setattr(torch, "einsum", None)
     monkeypatch.setattr(torch.Tensor, "__matmul__", None)
     case = build_case(spec)
-    run(case, layer, case.key, case.value)
+    # As vLLM hands them on: parts of the result of one projection.
+    query, key, value = torch.cat([case.query, case.key, case.value], 1).split(
+        [case.query.shape[1], case.key.shape[1], case.value.shape[1]], 1
+    )
+    for name in ("contiguous", "clone", "copy_"):
+        monkeypatch.setattr(torch.Tensor, name, None)
+    run(replace(case, query=query), layer, key, value)
     wanted = ["_prepare", "_attend", "_finish"]
     assert launches == wanted[: 2 if spec.window == 0 and layer.basis.output is None else 3]
