@@ -109,7 +109,8 @@ def test_streaming_chat(server: Server) -> None:
 
 
 def test_two_concurrent_clients_get_the_answers_of_one(server: Server) -> None:
-    prompts = ["Water boils at", "The first president of the United States was"]
+    # No two tokens are near each other here: other requests change the last bits of a product.
+    prompts = ["The opposite of hot is", "The first president of the United States was"]
 
     def complete(prompt: str) -> str:
         answer = client(server).completions.create(
