@@ -8,9 +8,9 @@ import pytest
 import torch
 from compare import assert_same_bytes
 from helpers import Case, CaseSpec, Request, build_case
+from layers import batch_of
 from ragged import batches
 
-from vllm_sparsekv.format.basis import Basis, LayerBasis
 from vllm_sparsekv.kernels import api
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
 from vllm_sparsekv.kernels.pack.triton import pack
@@ -39,36 +39,12 @@ SPECS = [
 ]
 
 
-def layer_of(spec: CaseSpec, calibrated: bool, device: str = "cpu") -> api.Layer:
-    """In the model's own basis, or in one with means and readers."""
-    basis = Basis.of(spec.format, device)
-    if calibrated:
-        generator = torch.Generator().manual_seed(3)
-        shape = (2, spec.num_kv_heads, spec.head_size, spec.head_size)
-        turned = torch.linalg.qr(torch.randn(shape, generator=generator)).Q
-        means = torch.randn(shape[:-1], generator=generator)
-        if spec.sinks or spec.soft_cap:
-            means.zero_()
-        readers = torch.randn(means.shape, generator=generator).exp()
-        scaled = turned * torch.logspace(-0.5, 0.5, spec.head_size)
-        layer = LayerBasis(*scaled, *means, *readers)
-        basis = Basis.calibrated(spec.format, layer, device)
-    return api.Layer(spec.format, basis, 0.1, spec.sliding_window, spec.soft_cap)
-
-
 def run(
     case: Case, layer: api.Layer, key: torch.Tensor | None, value: torch.Tensor | None, **options
 ) -> torch.Tensor:
     layer.sinks = case.sinks
     out = torch.full_like(case.query, 12345)
-    batch = api.Batch(
-        case.query_start_loc,
-        case.seq_lens,
-        case.block_table,
-        case.slot_mapping,
-        case.window_block_table,
-    )
-    step(layer, batch, case.query, key, value, case.pages, case.window, out, **options)
+    step(layer, batch_of(case), case.query, key, value, case.pages, case.window, out, **options)
     return out
 
 

@@ -8,9 +8,10 @@ import pytest
 import torch
 from compare import assert_same_bytes
 from helpers import Case, CaseSpec, Request, build_case
+from layers import batch_of, layer_of
 from ragged import batches
 
-from vllm_sparsekv.format.basis import Basis, LayerBasis
+from vllm_sparsekv.format.basis import Basis
 from vllm_sparsekv.kernels import api
 from vllm_sparsekv.kernels.cpu import ops
 from vllm_sparsekv.kernels.cpu.step import step as fused
@@ -40,18 +41,7 @@ CASES = [
 
 @pytest.fixture(params=["model's own", "calibrated"])
 def layer(request, spec: CaseSpec) -> api.Layer:
-    basis = Basis.of(spec.format)
-    if request.param == "calibrated":
-        generator = torch.Generator().manual_seed(3)
-        shape = (2, spec.num_kv_heads, spec.head_size, spec.head_size)
-        turned = torch.linalg.qr(torch.randn(shape, generator=generator)).Q
-        means = torch.randn(shape[:-1], generator=generator)
-        if spec.sinks or spec.soft_cap:
-            means.zero_()
-        readers = torch.randn(means.shape, generator=generator).exp()
-        scaled = turned * torch.logspace(-0.5, 0.5, spec.head_size)
-        basis = Basis.calibrated(spec.format, LayerBasis(*scaled, *means, *readers))
-    return api.Layer(spec.format, basis, 0.1, spec.sliding_window, spec.soft_cap)
+    return layer_of(spec, request.param == "calibrated")
 
 
 @pytest.fixture
@@ -60,18 +50,11 @@ def case(spec: CaseSpec) -> Case:
 
 
 def run(case: Case, layer: api.Layer, step=fused, **options) -> torch.Tensor:
-    batch = api.Batch(
-        case.query_start_loc,
-        case.seq_lens,
-        case.block_table,
-        case.slot_mapping,
-        case.window_block_table,
-    )
     layer.sinks = case.sinks
     out = torch.full_like(case.query, 12345)
     given = {"key": case.key, "value": case.value} | options
     key, value = given.pop("key"), given.pop("value")
-    step(layer, batch, case.query, key, value, case.pages, case.window, out, **given)
+    step(layer, batch_of(case), case.query, key, value, case.pages, case.window, out, **given)
     return out
 
 

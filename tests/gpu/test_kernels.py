@@ -12,8 +12,9 @@ import torch
 import uniform
 from compare import assert_attention, assert_same_bytes
 from helpers import REFERENCE, CaseSpec, Ops, Request, build_case
+from layers import layer_of
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
-from steps import SPECS, assert_step, layer_of
+from steps import SPECS, assert_step
 
 from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.kernels.attention.triton import sparse_attention

@@ -9,7 +9,8 @@ import pytest
 import torch
 from compare import assert_same_bytes
 from helpers import CaseSpec, build_case
-from steps import SPECS, assert_step, layer_of, run
+from layers import layer_of
+from steps import SPECS, assert_step, run
 
 from vllm_sparsekv.kernels import api
 from vllm_sparsekv.kernels.attention import triton as attention
