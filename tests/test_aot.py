@@ -203,10 +203,11 @@ def test_pack_with_feedback_does_not_spill(capability, key, head_size):
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_window_and_merge_do_not_spill(capability):
-    lengths = dict.fromkeys(("query_start_loc", "seq_lens", "window_block_table", "tags"), "*i32")
+    lengths = dict.fromkeys(("query_start_loc", "seq_lens"), "*i32")
     vectors = dict.fromkeys(("key", "value"), Vectors("*bf16", "i32", "i32"))
-    vectors |= {"window": "*bf16", "slot_mapping": "*i64"}
-    sizes = {"SLOTS_PER_BLOCK": 8, "D": 128, "PADDED": 128, "TAG": 128}
+    ring = Ring("*bf16", *["i32"] * 3, "*i32", *["i32"] * 3, "*i32", "i32")
+    vectors |= {"ring": ring, "slot_mapping": "*i64"}
+    sizes = {"SLOTS_PER_BLOCK": 8, "D": 128, "PADDED": 128}
     _, stack = sass.resources(window._write_window, lengths | vectors, sizes, capability, 4)
     assert stack == 0
     sums = {"partial": "*fp32", "lse": "*fp32", "out": "*bf16", "query_start_loc": "*i32"}
@@ -247,6 +248,6 @@ def test_step_does_not_spill(capability, cache, head_size):
         "slot_mapping": "*i64",
     }
     sizes = {"GROUP": 4, "ROWS": 16, "D": head_size, "PADDED": head_size}
-    sizes |= {"SLOTS_PER_BLOCK": 8, "TAG": head_size}
+    sizes |= {"SLOTS_PER_BLOCK": 8}
     _, stack = sass.resources(step._finish, pointers, sizes, capability, num_warps(head_size))
     assert stack == 0

@@ -122,7 +122,6 @@ def step(
         D=size,
         PADDED=triton.next_power_of_2(size),
         SLOTS_PER_BLOCK=window.shape[2] if fills else 0,
-        TAG=2 * size * fmt.dtype.itemsize // 4,
         num_warps=num_warps(size),
     )
 
@@ -306,7 +305,6 @@ def _finish(
     D: tl.constexpr,
     PADDED: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
-    TAG: tl.constexpr,
 ):
     """Of a KV head, ROWS rows of the output, in ``blocks`` programs, then a token's window slot.
 
@@ -346,25 +344,15 @@ def _finish(
             write_slot(
                 key,
                 value,
-                ring.start,
-                ring.tags,
+                ring,
                 query_start_loc,
                 seq_lens,
                 slot_mapping,
-                ring.table,
                 num_reqs,
-                ring.block_stride,
-                ring.head_stride,
-                ring.slot_stride,
-                ring.tag_block_stride,
-                ring.tag_head_stride,
-                ring.tag_slot_stride,
-                ring.table_stride,
                 ring_slots,
                 newest,
                 head,
                 SLOTS_PER_BLOCK,
                 D,
                 PADDED,
-                TAG,
             )
