@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import machine, run_engines_here, save, summary
+from common import limit_to_avx2, machine, run_engines_here, save, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -113,12 +113,15 @@ def main() -> None:
     parser.add_argument("--settings", type=json.loads, default={})
     parser.add_argument("--decode", type=cell, nargs="*", default=DECODES, metavar="BATCHxCONTEXT")
     parser.add_argument("--prompt", type=int, nargs="*", default=list(PROMPTS), metavar="TOKENS")
+    parser.add_argument("--avx2", action="store_true", help="use no instructions beyond AVX2")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     model = Path(args.model).name
     output = args.output or RESULTS / f"step_{model}_{args.dtype}.json"
 
     run_engines_here()
+    if args.avx2:
+        limit_to_avx2()
     common = {
         "model": args.model,
         "dtype": args.dtype,
@@ -131,7 +134,12 @@ def main() -> None:
     tokens = [engine.kv_cache_tokens for engine in engines]
     report: dict[str, Any] = {
         "machine": machine(),
-        "arguments": {"model": model, "dtype": args.dtype, "settings": args.settings},
+        "arguments": {
+            "model": model,
+            "dtype": args.dtype,
+            "settings": args.settings,
+            "avx2": args.avx2,
+        },
         "kv_cache_tokens": {"dense": tokens[0], "sparse": tokens[1]},
         "decode": {},
         "first_token": {},

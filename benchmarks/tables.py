@@ -66,6 +66,7 @@ METHODS = {
     "NVFP4": "nvfp4",
     "UltraQuant 4-bit, as shipped": "ultraquant_4bit",
     "TurboQuant 4-bit": "turboquant-4",
+    "TurboQuant 4-bit, as shipped": "turboquant_4bit_nc",
     "**preset quality**": "sparsekv-quality-calibrated",
     "KVarN K4V2": "kvarn_k4v2_g128",
     "TurboQuant K 4-bit, V 3-bit": "turboquant-k4v3",
@@ -75,6 +76,9 @@ METHODS = {
     "TurboQuant 3-bit": "turboquant-3",
     "**int3 keys and values**": "sparsekv-int3-int3-calibrated",
     "**preset capacity**": "sparsekv-capacity-calibrated",
+    "H2O, a fifth of all tokens": "h2o-20",
+    "H2O on sparse-50": "h2o-20-sparsekv-sparse-50",
+    "H2O on balanced": "h2o-20-sparsekv-balanced-calibrated",
 }
 
 

@@ -247,6 +247,10 @@ def test_the_origin_follows_the_drafter(tmp_path):
             {"name": "MultiConnector", "extra": {}},
             "kv_connector_extra_config.connectors: must name the connectors of a MultiConnector",
         ),
+        (
+            {"extra": HOST | {"move_window": True}},
+            "kv_connector_extra_config.move_window: only one of ['NixlConnector', ",
+        ),
         ({"name": "Mine", "module_path": "a.b"}, "kv_connector='Mine' of a.b: is not known to"),
     ],
 )
@@ -380,14 +384,21 @@ def test_what_is_carried_is_pages_and_no_window(tmp_path, worker, name, extra, t
 
 @NIXL
 @pytest.mark.parametrize("name", ["NixlConnector", "NixlPushConnector"])
-def test_nixl_tells_pages_apart(tmp_path, worker, name):
-    hashes = []
-    for settings in ({}, {"window": 8}, {"key_dtype": "int3", "value_dtype": "int4"}):
-        made = construct(tmp_path, name, {}, **settings)
-        hashes.append(made[KVConnectorRole.WORKER].connector_worker.compat_hash)
+def test_nixl_tells_pages_and_moved_windows_apart(tmp_path, worker, name):
+    def compatibility(extra, **settings):
+        made = construct(tmp_path, name, extra, **settings)
+        found = made[KVConnectorRole.WORKER].connector_worker.compat_hash
         for connector in made.values():
             connector.shutdown()
-    assert hashes[0] == hashes[1] != hashes[2]
+        return found
+
+    move = {"move_window": True}
+    first = compatibility({})
+    assert first == compatibility({}, window=8) == compatibility({"move_window": False})
+    others = [compatibility({}, key_dtype="int3", value_dtype="int4"), compatibility(move)]
+    others.append(compatibility(move, window=8))
+    assert len({first, *others}) == 4
+    assert others[1] == compatibility(move, window=64)
 
 
 def test_nixl_is_named_where_it_is_missing(monkeypatch):
@@ -416,6 +427,8 @@ def test_nixl_with_engines_of_other_pages_is_refused(monkeypatch):
     monkeypatch.setattr(connectors, "is_nixl_available", lambda: True)
     message = refusal("NixlConnector", {"enforce_handshake_compat": False})
     assert "enforce_handshake_compat=False: must be True" in message
+    message = refusal("NixlConnector", {"move_window": "yes"})
+    assert "kv_connector_extra_config.move_window='yes': must be true or false" in message
 
 
 def test_nixl_becomes_ours_under_its_name(monkeypatch):

@@ -29,15 +29,23 @@ MEMORY = 1 << 24
 
 
 def start(
-    model: Path, role: str, log: Path, settings: dict[str, Any], connector: str = "NixlConnector"
+    model: Path,
+    role: str,
+    log: Path,
+    settings: dict[str, Any],
+    connector: str = "NixlConnector",
+    extra: dict[str, Any] | None = None,
+    **options: Any,
 ) -> AbstractContextManager[Peer]:
+    """``extra`` is the connector's own configuration."""
     transfer = {
         "kv_connector": connector,
         "kv_role": role,
         "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": extra or {},
     }
     given = plain_options(
-        model, settings, kv_transfer_config=transfer, kv_cache_memory_bytes=MEMORY
+        model, settings, kv_transfer_config=transfer, kv_cache_memory_bytes=MEMORY, **options
     )
     return peer(log, given, VLLM_NIXL_SIDE_CHANNEL_PORT=str(get_open_port()))
 
@@ -54,12 +62,12 @@ def prefill(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[P
         yield engine
 
 
-def pages_of(prefill: Peer, tokens: list[int]) -> dict[str, Any]:
+def pages_of(prefill: Peer, tokens: list[int], groups: int = 1, cached: int = 0) -> dict[str, Any]:
     """Where the first engine has a prompt's pages; asked for one token, as proxies do."""
     params = prefill.ask(tokens, params={"do_remote_decode": True}, max_tokens=1)["params"]
-    assert params["do_remote_prefill"] and len(params["remote_block_ids"]) == 1, "pages, no window"
+    assert params["do_remote_prefill"] and len(params["remote_block_ids"]) == groups
     # vLLM has the second engine say this for its own: what was cached in the first.
-    assert params.pop("remote_prefill_cached_tokens") == 0
+    assert params.pop("remote_prefill_cached_tokens") == cached
     return params
 
 
@@ -96,6 +104,59 @@ def test_pages_are_written_by_the_engine_that_computed_them(model: Path, tmp_pat
     assert written["cached"] == LENGTH
     for answer in (written, again):
         assert_same(answer, hit)
+
+
+@pytest.mark.parametrize(
+    ("connector", "cached", "step", "error"),
+    [
+        ("NixlConnector", 256, 23, 1e-5),
+        # Here the last token's slot was another's that the engine that computes all still has.
+        # Nothing is cached, as vLLM's engines do not send what they had before they were asked.
+        ("NixlPushConnector", 0, 31, 0.05),
+    ],
+)
+def test_a_window_that_is_moved(
+    model: Path, tmp_path: Path, connector: str, cached: int, step: int, error: float
+) -> None:
+    """Then the first token is that of an engine that computes the prompt's last one by itself."""
+    settings = SETTINGS | {"value_dtype": "int2"}
+    tokens, small = prompt(4, 256 + 24), {"max_num_batched_tokens": step}
+    given = {"settings": settings, "connector": connector, "extra": {"move_window": True}}
+    with (
+        start(model, "kv_producer", tmp_path / "one", **given, **small) as prefill,
+        start(model, "kv_consumer", tmp_path / "two", **given) as decode,
+    ):
+        if cached:
+            prefill.ask(tokens[: cached + 1])
+        params = pages_of(prefill, tokens, groups=2, cached=cached)
+        read = decode.ask(tokens, params=params)
+    computed, without = (
+        alone(model, settings | change, tokens, cached, **small) for change in ({}, {"window": 0})
+    )
+    assert (read["cached"], computed["cached"]) == (280, cached)
+    assert difference(read, computed) <= error
+    assert difference(read, without) > max(1e-2, 2 * error)
+
+
+def alone(
+    model: Path, settings: dict[str, Any], tokens: list[int], cached: int, **options: Any
+) -> dict[str, Any]:
+    """The answer of an engine without a connector that had the first tokens before."""
+    with plain(model, settings, **options) as llm:
+        if cached:
+            generate(llm, [tokens[: cached + 1]], 1)
+        return described(generate(llm, [tokens], 4, logprobs=20)[0])
+
+
+def difference(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest in the log-probabilities of candidates of either answer for the first token."""
+    tokens = one["logprobs"].keys() | other["logprobs"].keys()
+    lowest = [min(answer["logprobs"].values()) for answer in (one, other)]
+    found = [
+        [answer["logprobs"].get(token, least) for token in tokens]
+        for answer, least in zip((one, other), lowest, strict=True)
+    ]
+    return max(abs(a - b) for a, b in zip(*found, strict=True))
 
 
 def test_pages_of_other_settings_are_refused_and_computed(

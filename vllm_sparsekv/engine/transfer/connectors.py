@@ -67,6 +67,9 @@ LMCACHES_MODULE = "lmcache.integration.vllm.lmcache_mp_connector"
 ORIGIN = "sparsekv_origin"
 """In ``kv_connector_extra_config``: what :func:`page_origin` returns."""
 
+MOVE_WINDOW = "move_window"
+"""In ``kv_connector_extra_config`` of NIXL's: whether a request's dense window is moved as well."""
+
 STOCK_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 
 
@@ -124,6 +127,8 @@ def _check(name: str | None, module_path: str | None, extra: dict[str, Any]) -> 
     if name in NIXL and module_path in (None, MODULES[name]):
         _check_nixl(name, extra)
         return
+    if MOVE_WINDOW in extra:
+        raise ValueError(f"{_EXTRA}.{MOVE_WINDOW}: only one of {list(NIXL)} moves windows")
     if name == LMCACHE and module_path in (None, LMCACHES_MODULE, MODULES[name]):
         _check_lmcache()
         return
@@ -152,6 +157,8 @@ def _check_nixl(name: str, extra: dict[str, Any]) -> None:
             f"{_EXTRA}.enforce_handshake_compat=False: must be True with "
             f"attention_backend=sparsekv, engines would read pages of other settings as garbage"
         )
+    if not isinstance(extra.get(MOVE_WINDOW, False), bool):
+        raise ValueError(f"{_EXTRA}.{MOVE_WINDOW}={extra[MOVE_WINDOW]!r}: must be true or false")
 
 
 def _check_lmcache() -> None:
