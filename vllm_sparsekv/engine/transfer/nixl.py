@@ -71,8 +71,9 @@ class _Pages(NixlBaseConnector):
         super().register_kv_caches({name: kv_caches[name] for name in kv_caches if name in moved})
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
-        """The ring's blocks have been zeroed by this step, maybe not yet on the device."""
-        if self._moves_window and torch.accelerator.is_available():
+        """A ring is zeroed in the step that asks for it, maybe not yet on the device."""
+        starts = self._moves_window and self._connector_metadata.reqs_to_recv
+        if starts and torch.accelerator.is_available():
             torch.accelerator.current_stream().synchronize()
         super().start_load_kv(forward_context, **kwargs)
 
