@@ -157,7 +157,7 @@ def dense(shape: Shape) -> Callable[[], None]:
 
 
 def format_of(shape: Shape, chosen: tuple[float, float, str, str]) -> SparseFormat:
-    config = SparseKVConfig(*chosen, WINDOW, "any" if chosen[2] == "int4_int2" else "none")
+    config = SparseKVConfig(*chosen, WINDOW, "auto", "any" if chosen[2] == "int4_int2" else "none")
     return SparseFormat.from_config(config, shape.head_size, shape.dtype)
 
 
@@ -172,8 +172,8 @@ def sparse_memory(shape: Shape, fmt: SparseFormat) -> tuple[torch.Tensor, ...]:
     slots = fmt.slots_per_block(BLOCK_SIZE)
     ring = fmt.blocks_per_ring(slots)
     table = (torch.arange(shape.batch * ring) + 1).view(shape.batch, ring).int()
-    elements = fmt.slot_bytes // shape.dtype.itemsize
-    window = torch.zeros(shape.batch * ring + 1, heads, slots, elements, dtype=shape.dtype)
+    shape_of_rings = (shape.batch * ring + 1, heads, slots, fmt.slot_elements)
+    window = torch.zeros(shape_of_rings, dtype=fmt.window_dtype)
     held = min(WINDOW, shape.context)
     newest = tiled(x, held * shape.batch)
     api.write_window(

@@ -423,20 +423,20 @@ def _check_window(
     kv_heads: int,
     fmt: SparseFormat,
 ) -> None:
-    """(num_blocks, num_kv_heads, r, slot elements) model dtype and (num_reqs, m) int32."""
+    """(num_blocks, num_kv_heads, r, slot elements) window dtype and (num_reqs, m) int32."""
     if window is None or window_block_table is None:
-        raise ValueError(f"window is missing: the format keeps {fmt.window} tokens dense")
-    width = fmt.slot_bytes // fmt.dtype.itemsize
+        raise ValueError(f"window is missing: the format keeps {fmt.window} tokens whole")
+    width = fmt.slot_elements
     if window.dim() != 4 or window.shape[1] != kv_heads or window.shape[3] != width:
         raise ValueError(
             f"window has shape {tuple(window.shape)}: "
             f"must be (num_blocks, {kv_heads}, slots, {width})"
         )
     contiguous = window.stride(3) == 1 and (window.shape[2] == 1 or window.stride(2) == width)
-    if window.dtype != fmt.dtype or not contiguous:
+    if window.dtype != fmt.window_dtype or not contiguous:
         raise ValueError(
             f"window is {window.dtype} with strides {window.stride()}: "
-            f"must be {fmt.dtype} with contiguous slots"
+            f"must be {fmt.window_dtype} with contiguous slots"
         )
     _check_indices(2, torch.int32, window_block_table=window_block_table)
     slots = window.shape[2] * window_block_table.shape[1]

@@ -7,6 +7,7 @@ import triton.language as tl
 
 from vllm_sparsekv.format.codecs import Int2Codec, Int3Codec, Int4Codec
 from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.window import LARGEST
 
 AUTO = tl.constexpr(0)
 FP8 = tl.constexpr(1)
@@ -20,6 +21,7 @@ _STEPS4 = tl.constexpr(float(Int4Codec.steps))
 _STEPS3 = tl.constexpr(float(Int3Codec.steps))
 _STEPS2 = tl.constexpr(float(Int2Codec.steps))
 _GAIN2 = tl.constexpr(float(Int2Codec.gain))
+_LARGEST8 = tl.constexpr(float(LARGEST))
 
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2**23: adding, then subtracting it rounds |x| < 2**22 to an integer, ties to even."""
@@ -137,6 +139,24 @@ def nearest_int(x, step, zero, BITS: tl.constexpr):
     wide = _float(step)
     offset = wide * (zero.to(tl.float32) * (2.0 ** (BITS - 7)))
     return wide[:, None] * code - offset[:, None]
+
+
+@triton.jit
+def encode_int8(x):
+    """Rows x (n, D) as :func:`vllm_sparsekv.format.window.to_int8`: codes, and the bits of steps.
+
+    Steps (n,) are float32 whose lower half is 0, in int32.
+    """
+    x = x.to(tl.float32)
+    magnitude = tl.abs(x)
+    broken = tl.max((~(magnitude < float("inf"))).to(tl.int32), axis=1) > 0
+    largest = tl.max(magnitude, axis=1)
+    step = tl.math.div_rn(largest, tl.full(largest.shape, _LARGEST8, tl.float32))
+    bits = tl.where(broken, 0x7FC00000, step.to(tl.int32, bitcast=True) & -0x10000)
+    wide = tl.broadcast_to(bits.to(tl.float32, bitcast=True)[:, None], x.shape)
+    code = tl.math.div_rn(x, wide)
+    code = tl.where(tl.abs(code) < float("inf"), code, 0.0)
+    return _round(tl.minimum(tl.maximum(code, -_LARGEST8), _LARGEST8)).to(tl.int8), bits
 
 
 @triton.jit

@@ -104,6 +104,7 @@ def attention(rng: random.Random) -> None:
         rng,
         tuple(requests),
         window=rng.choice([0, rng.randint(1, 100)]),
+        window_dtype=rng.choice(["auto", "int8"]),
         lookahead=rng.choice([0, rng.randint(1, 5)]),
         sliding_window=rng.choice([None, rng.randint(1, 300)]),
         soft_cap=rng.choice([None, rng.uniform(0.5, 50)]),

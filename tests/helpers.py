@@ -2,9 +2,9 @@
 
 :func:`build_case` writes the history of a batch with the given implementation and returns the
 arguments of its attention step; ``Case.expected`` is the float64 answer of :mod:`oracle`. What no
-request owns is poison: 0xFF in pages (NaN in every codec), NaN in the window, in padding tokens
-and in ring slots that hold nothing a query may read. The cases every implementation must pass are
-in :mod:`ragged`.
+request owns is poison: 0xFF in pages (NaN in every codec) and in windows of int8, NaN in other
+windows, in padding tokens and in ring slots that hold nothing a query may read. The cases every
+implementation must pass are in :mod:`ragged`.
 """
 
 from __future__ import annotations
@@ -72,6 +72,7 @@ class CaseSpec:
     value_dtype: str = "auto"
     dtype: torch.dtype = torch.float32
     window: int = 64
+    window_dtype: str = "auto"
     lookahead: int = 0
     padding: int = 3
     seed: int = 0
@@ -87,6 +88,7 @@ class CaseSpec:
             self.key_dtype,
             self.value_dtype,
             self.window,
+            self.window_dtype,
             basis="any" if CODECS[self.key_dtype].bands > 1 else "none",
         )
         return SparseFormat.from_config(config, self.head_size, self.dtype, self.lookahead)
@@ -105,7 +107,8 @@ class CaseSpec:
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{self.name}-D{self.head_size}-G{self.group}-N{self.block_size}-W{self.window}"
-            f"+{self.lookahead}-K{self.key_sparsity}{self.key_dtype}"
+            f"{self.window_dtype.removeprefix('auto')}+{self.lookahead}"
+            f"-K{self.key_sparsity}{self.key_dtype}"
             f"-V{self.value_sparsity}{self.value_dtype}-{dtype}"
             f"{f'-SW{self.sliding_window}' if self.sliding_window else ''}"
             f"{f'-cap{self.soft_cap}' if self.soft_cap else ''}{'-sinks' if self.sinks else ''}"
@@ -213,8 +216,8 @@ class Case:
             rows.append(
                 dense_attention(
                     query,
-                    as_read(key, self.fmt.key, *held),
-                    as_read(value, self.fmt.value, *held),
+                    as_read(key, self.fmt.key, *held, self.spec.window_dtype),
+                    as_read(value, self.fmt.value, *held, self.spec.window_dtype),
                     self.scale,
                     self.spec.sliding_window,
                     self.spec.soft_cap,
@@ -259,9 +262,8 @@ def build_case(spec: CaseSpec, ops: Ops = REFERENCE, device: torch.device | str 
     _pack_history(spec, ops, keys, values, block_table, pages, generator)
     window = None
     if spec.window:
-        slot_elements = fmt.slot_bytes // spec.dtype.itemsize
-        shape = (num_blocks, spec.num_kv_heads, slots_per_block, slot_elements)
-        window = torch.full(shape, torch.nan, dtype=spec.dtype)
+        shape = (num_blocks, spec.num_kv_heads, slots_per_block, fmt.slot_elements)
+        window = poisoned(shape, fmt.window_dtype)
         fmt.slots(window).tag[window_block_table[window_block_table > 0].long()] = 0
         window = window.to(device)
         _write_history_window(spec, ops, keys, values, block_table, window, window_block_table)
@@ -293,6 +295,11 @@ def build_case(spec: CaseSpec, ops: Ops = REFERENCE, device: torch.device | str 
         scale=spec.head_size**-0.5,
         sinks=sinks.to(device) if spec.sinks else None,
     )
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A window of NaN; one of int8 is all bits, which are NaN where a step is read."""
+    return torch.full(shape, -1 if dtype == torch.int8 else torch.nan, dtype=dtype)
 
 
 def _pack_history(
@@ -377,8 +384,9 @@ def _leave_stale_slots(
         place = torch.tensor(stale, dtype=torch.long)
         block = window_block_table[row, place // slots_per_block].long().to(window.device)
         slot = (place % slots_per_block).to(window.device)
-        slots.key[block, :, slot] = torch.nan
-        slots.value[block, :, slot] = torch.nan
+        for view in (slots.key, slots.value, slots.key_step, slots.value_step):
+            if view is not None and view.is_floating_point():
+                view[block, :, slot] = torch.nan
         slots.tag[block, :, slot] = torch.tensor(tags, dtype=torch.int32, device=window.device)[
             :, None
         ]

@@ -57,7 +57,18 @@ def _rounded(codec: str, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     return torch.where(step == 0, 0.0, step.double() * (code.double() - zero.double()))
 
 
-def as_read(x: torch.Tensor, fmt: VectorFormat, held_from: int, context: int) -> torch.Tensor:
+def in_int8(x: torch.Tensor) -> torch.Tensor:
+    """(..., D) -> (..., D) float64: what a window of int8 gives back."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    mantissa, exponent = (largest / 127).frexp()  # 8 bits of it are kept
+    step = (mantissa * 256).floor().ldexp(exponent - 8).masked_fill(~largest.isfinite(), torch.nan)
+    codes = (x.float() / step).round().clamp(-127, 127)
+    return torch.where(step == 0, 0.0, codes.double() * step.double())
+
+
+def as_read(
+    x: torch.Tensor, fmt: VectorFormat, held_from: int, context: int, window_dtype: str = "auto"
+) -> torch.Tensor:
     """What attention reads of one request's keys or values.
 
     Args:
@@ -65,12 +76,15 @@ def as_read(x: torch.Tensor, fmt: VectorFormat, held_from: int, context: int) ->
         fmt: format of these vectors.
         held_from: first position the ring holds for this step; all before it come from pages.
         context: tokens computed before this step; these are the last that can come from pages.
+        window_dtype: of those the ring holds.
 
     Returns:
         (n, H, D) float64.
     """
     from_pages = min(held_from, context)
-    return torch.cat([pruned(x[:from_pages], fmt), x[from_pages:].double()])
+    held = x[from_pages:context]
+    held = in_int8(held) if window_dtype == "int8" else held.double()
+    return torch.cat([pruned(x[:from_pages], fmt), held, x[context:].double()])
 
 
 def dense_attention(

@@ -52,9 +52,16 @@ AXES: dict[str, tuple[Any, ...]] = {
     ),
     "sparsities": ((0.5, 0.5), (0.3, 0.5), (0.7, 0.3), (0.0, 0.5), (0.5, 0.0), (0.0, 0.0)),
     "dtype": (torch.bfloat16, torch.float16, torch.float32),
-    "window": ((0, 0), (64, 0), (24, 0), (64, 3)),
+    "window": (
+        (0, 0, "auto"),
+        (64, 0, "auto"),
+        (24, 0, "auto"),
+        (64, 3, "auto"),
+        (64, 0, "int8"),
+        (24, 3, "int8"),
+    ),
 }
-"""What the matrix varies; codecs and sparsities are (key, value), window is (window, lookahead)."""
+"""What the matrix varies; codecs and sparsities are (key, value), windows (tokens, lookahead, dtype)."""
 
 
 def pairwise(axes: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
@@ -92,6 +99,7 @@ def _spec(seed: int, chosen: dict[str, Any]) -> CaseSpec:
         dtype=chosen["dtype"],
         window=chosen["window"][0],
         lookahead=chosen["window"][1],
+        window_dtype=chosen["window"][2],
         padding=seed % 4,
         seed=seed,
         sliding_window=chosen.get("sliding_window"),

@@ -67,7 +67,7 @@ def test_every_layer_has_its_own_method(tmp_path):
 
 def test_pruned_keys_lose_what_is_small_in_their_basis(basis):
     """Stretched 50 times, the first coordinate survives and is quantised coarsely for all."""
-    config = SparseKVConfig(0.5, 0.0, "int4", "int4", 64, basis=str(basis))
+    config = SparseKVConfig(0.5, 0.0, "int4", "int4", 64, "auto", basis=str(basis))
     method = sparse(config, SIZE, torch.float32)
     key = torch.randn(KV_HEADS, 200, SIZE, generator=torch.Generator().manual_seed(0))
     key[..., 0] *= 0.1
@@ -87,8 +87,8 @@ def test_rows_of_calibrated_presets(basis):
         build_methods(SHAPE, torch.bfloat16),
         build_methods(SHAPE, torch.bfloat16, basis=basis),
     )
-    bands = ("int4_int2-int3", "int4_int2-int3-window-160")
-    others = ("balanced-window-112", *bands, "int3-int3", "pruned")
+    sixteen = ("balanced-window-16-bit", "capacity-window-16-bit")
+    others = (*sixteen, "int4_int2-int3", "int3-int3", "pruned")
     integer = [name for name in PRESETS if not name.startswith("sparse-")]
     added = {f"sparsekv-{name}-calibrated" for name in (*integer, *others)}
     assert methods.keys() - plain.keys() == added | {"h2o-20-sparsekv-balanced-calibrated"}

@@ -74,7 +74,7 @@ def test_rule_with_everything_is_softmax_over_what_a_query_sees():
     query, key, value = torch.randn(3, 4, tokens, 32, generator=generator).unbind()
     key, value = key[:2], value[:2]
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
-    method = sparse(SparseKVConfig(0.5, 0.5, "fp8", "fp8", 8, "none"), 32, torch.float32)
+    method = sparse(SparseKVConfig(0.5, 0.5, "fp8", "fp8", 8, "auto", "none"), 32, torch.float32)
     arguments = (method, torch.float32, 0.3, 1, window, cap, sinks)
     out = rule_attention(query, key, value, *arguments)
     cached_key, cached_value = method.key(key, query), method.value(value)

@@ -129,9 +129,9 @@ def test_policies_that_look_at_the_whole_text():
         ("sparsekv-30-50-int4", 8 + 24 + 2 + 8 + 16 + 2 + 4.125),
         ("sparsekv-50-auto", 144 + 4.125),
         ("sparsekv-sparse-50", 80 + 4.125),
-        ("sparsekv-quality", 68 + 4.125),
-        ("sparsekv-balanced", 60 + 4.125),
-        ("sparsekv-capacity", 52 + 4.125),
+        ("sparsekv-quality", 68 + 112 * 136 / 4096),
+        ("sparsekv-balanced", 60 + 112 * 136 / 4096),
+        ("sparsekv-capacity", 52 + 112 * 136 / 4096),
     ],
 )
 def test_bytes_count_scales_bitmaps_and_the_window(name, size):

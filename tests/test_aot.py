@@ -52,7 +52,7 @@ CACHES = {
 def cache_format(cache, head_size=128):
     key_sparsity, key_dtype, value_sparsity, value_dtype = CACHES[cache]
     basis = "any" if CODECS[key_dtype].bands > 1 else "none"
-    config = SparseKVConfig(key_sparsity, value_sparsity, key_dtype, value_dtype, 64, basis)
+    config = SparseKVConfig(key_sparsity, value_sparsity, key_dtype, value_dtype, 64, "auto", basis)
     return SparseFormat.from_config(config, head_size, torch.bfloat16)
 
 
@@ -193,7 +193,7 @@ def test_pack_does_not_spill(capability, cache):
     [(80, "int4", 64), (90, "int4_int2", 128)],
 )
 def test_pack_with_feedback_does_not_spill(capability, key, head_size):
-    config = SparseKVConfig(0.0, 0.0, key, "int3", 64, "any")
+    config = SparseKVConfig(0.0, 0.0, key, "int3", 64, basis="any")
     fmt = SparseFormat.from_config(config, head_size, torch.bfloat16)
     model = ("key", "value", "key_feedback", "value_feedback")
     pointers = dict.fromkeys(model, "*bf16") | {"slot_mapping": "*i64", "pages": "*u8"}

@@ -73,7 +73,7 @@ def ill_conditioned(heads: int, size: int) -> torch.Tensor:
 
 def int4_format(dtype: torch.dtype, key_sparsity: float = 0.0) -> SparseFormat:
     return SparseFormat.from_config(
-        SparseKVConfig(key_sparsity, 0.5, "int4", "int4", 64), 64, dtype
+        SparseKVConfig(key_sparsity, 0.5, "int4", "int4", 64, "auto"), 64, dtype
     )
 
 

@@ -66,7 +66,10 @@ def step(
 ) -> None:
     """A uniform decode step of a padded batch: pack, attend, write the window."""
     fmt = SparseFormat.from_config(
-        SparseKVConfig(0.0, 0.5, "int4", "int4", 64), SIZE, torch.bfloat16, lookahead=query_len - 1
+        SparseKVConfig(0.0, 0.5, "int4", "int4", 64, "auto"),
+        SIZE,
+        torch.bfloat16,
+        lookahead=query_len - 1,
     )
     slots = fmt.slots_per_block(BLOCK)
     tokens, ring = requests * query_len, fmt.blocks_per_ring(slots)
@@ -77,7 +80,7 @@ def step(
     query, out = meta(tokens, HEADS, SIZE), meta(tokens, HEADS, SIZE)
     key, value = meta(tokens, KV_HEADS, SIZE), meta(tokens, KV_HEADS, SIZE)
     pages = meta(1000, KV_HEADS, BLOCK, fmt.token_bytes, dtype=torch.uint8)
-    cells = meta(1000, KV_HEADS, slots, fmt.slot_bytes // 2)
+    cells = meta(1000, KV_HEADS, slots, fmt.slot_elements)
     starts, lengths = meta(requests + 1, dtype=torch.int32), meta(requests, dtype=torch.int32)
     table = meta(requests, MAX_BLOCKS, dtype=torch.int32)
     window_table = meta(requests, MAX_BLOCKS, dtype=torch.int32)[:, :ring]

@@ -9,6 +9,7 @@ import torch
 
 from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.window import to_int8
 from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
 BF16 = torch.bfloat16
@@ -49,7 +50,14 @@ VECTOR_BYTES = {
 STORAGE = (("auto", BF16), ("fp8", BF16), ("int4", BF16), ("auto", torch.float32))
 
 
-HALF = {"key_sparsity": 0.5, "value_sparsity": 0.5, "key_dtype": "auto", "value_dtype": "auto"}
+HALF = {
+    "key_sparsity": 0.5,
+    "value_sparsity": 0.5,
+    "key_dtype": "auto",
+    "value_dtype": "auto",
+    "window": 64,
+    "window_dtype": "auto",
+}
 
 
 def make(head_size=64, dtype=BF16, lookahead=0, **settings) -> SparseFormat:
@@ -88,6 +96,8 @@ def test_token_and_slot_bytes():
     assert (fmt.token_bytes, fmt.dense_token_bytes, fmt.slot_bytes) == (64 + 80, 512, 520)
     fmt = make(80, torch.float32)
     assert (fmt.token_bytes, fmt.dense_token_bytes, fmt.slot_bytes) == (340, 640, 648)
+    fmt = make(80, torch.float32, window_dtype="int8")
+    assert (fmt.token_bytes, fmt.slot_bytes, fmt.slot_elements) == (340, 168, 168)
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,8 @@ RINGS = [
     ({"window": 32}, 64, BF16, 64, 34, 1),
     ({"window": 35}, 64, BF16, 64, 34, 2),
     ({"window": 0}, 64, BF16, 64, 34, 0),
+    ({"window_dtype": "int8"}, 64, BF16, 64, 67, 1),
+    ({"window_dtype": "int8", "window": 112}, 64, torch.float32, 64, 128, 1),
 ]
 
 
@@ -162,7 +174,7 @@ def test_a_ring_takes_what_its_window_needs(preset, head_size):
     [
         ({}, 64, 64),
         ({}, 128, 64),
-        ({"preset": "capacity"}, 96, 96),
+        ({"preset": "capacity"}, 96, 64),
         ({"preset": "sparse-70"}, 256, 96),
         ({"preset": "capacity", "window": 0}, 96, 64),
     ],
@@ -268,7 +280,7 @@ def test_sections_refuse_pages_of_another_format():
 @pytest.mark.parametrize("dtype", [torch.float16, BF16, torch.float32])
 def test_window_slots(dtype):
     fmt = make(16, dtype, key_sparsity=0.0)
-    window = torch.zeros(2, 3, 4, fmt.slot_bytes // dtype.itemsize, dtype=dtype)
+    window = torch.zeros(2, 3, 4, fmt.slot_elements, dtype=dtype)
     slots = fmt.slots(window)
     slots.key[1, 2, 3] = 1.0
     slots.value[1, 2, 3] = 2.0
@@ -279,6 +291,40 @@ def test_window_slots(dtype):
     assert raw[2 * size :].tolist() == [4, 3, 2, 1, 0, 0, 0, 0]
     assert window.count_nonzero() - window[1, 2, 3].count_nonzero() == 0
     assert slots.tag.shape == (2, 3, 4) and slots.tag.dtype == torch.int32
+
+
+def test_window_slots_of_int8():
+    fmt = make(16, window_dtype="int8")
+    window = torch.zeros(2, 3, 4, 40, dtype=torch.int8)
+    slots = fmt.slots(window)
+    slots.key[1, 2, 3], slots.key_step[1, 2, 3] = -1, 2.0
+    slots.value[1, 2, 3], slots.value_step[1, 2, 3] = 127, 1.5
+    slots.tag[1, 2, 3] = 0x01020304
+    expected = [-1] * 16 + [127] * 16 + [4, 3, 2, 1, 0, 0x40, -0x40, 0x3F]
+    assert window[1, 2, 3].tolist() == expected
+    assert window.count_nonzero() - window[1, 2, 3].count_nonzero() == 0
+
+
+def test_int8_is_nearest_and_never_larger():
+    """Codes of a step that is cut off: a 127th of the largest magnitude, or up to 1 / 128 less."""
+    x = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)).double()
+    x *= 2.0 ** torch.linspace(-60, 60, 1000)[:, None]
+    x = x.float()
+    codes, step = to_int8(x)
+    largest, wide = x.abs().amax(-1).double(), step.double()
+    assert (wide * 127 <= largest).all() and (wide * 128 > largest).all()
+    read = codes.double() * wide[:, None]
+    error = (read - x.double()).abs() / wide[:, None]
+    assert (error.sort(-1).values[:, :-1] <= 1.0).all() and (error < 1.01).all()
+    assert (error[codes.abs() < 127] <= 0.5 + 1e-6).all()
+    assert (read.abs() <= largest[:, None]).all()
+
+
+def test_int8_of_what_is_no_number():
+    x = torch.tensor([[0.0] * 4, [1.0, torch.inf, 0, 0], [torch.nan, 1, 0, 0], [1e-40, 0, 0, 0]])
+    codes, step = to_int8(x)
+    read = codes.float() * step.float().unsqueeze(-1)
+    assert (read[0] == 0).all() and read[1:3].isnan().all() and (read[3] == 0).all()
 
 
 def refusal(call, *args, **kwargs) -> str:

@@ -241,7 +241,7 @@ def test_new_blocks_are_zeroed_in_rings_whatever_the_other_groups(tmp_path):
     build_layers(config, {0: Layer(1024)})
     made = plan(config)
     ring = config.compilation_config.static_forward_context[f"{layer_name(0)}.window"]
-    ring.kv_cache = torch.ones(6, 16, 3, ring.format.slot_bytes // 2, dtype=torch.bfloat16)
+    ring.kv_cache = torch.ones(6, 16, 3, ring.format.slot_elements, dtype=torch.bfloat16)
     runner = SimpleNamespace(
         kv_cache_config=made.groups, compilation_config=config.compilation_config
     )

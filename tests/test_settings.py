@@ -18,8 +18,8 @@ DTYPES = {
 }
 WINDOW = "must be an integer >= 0 (tokens)"
 SETTINGS = (
-    "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window', 'basis', "
-    "'calibration_tokens', 'basis_sha256', 'skip_layers']"
+    "['preset', 'key_sparsity', 'value_sparsity', 'key_dtype', 'value_dtype', 'window', "
+    "'window_dtype', 'basis', 'calibration_tokens', 'basis_sha256', 'skip_layers']"
 )
 
 
@@ -27,7 +27,7 @@ def test_defaults():
     defaults = SparseKVConfig()
     assert SparseKVConfig.from_dict(None) == SparseKVConfig.from_dict({}) == defaults
     assert SparseKVConfig.from_dict({"preset": "balanced"}) == defaults
-    assert defaults.window == 64 and defaults.basis == "auto"
+    assert (defaults.window, defaults.window_dtype) == (112, "int8") and defaults.basis == "auto"
 
 
 def test_without_a_basis_the_default_is_what_no_model_suffers_from():
@@ -56,7 +56,7 @@ def test_pruning_needs_no_codec_named():
     on_top = SparseKVConfig.from_dict(both | {"preset": "balanced"})
     assert (on_top.key_dtype, on_top.value_dtype) == ("int4", "fp8")
     paper = both | {"key_dtype": "auto", "value_dtype": "auto", "window": 32}
-    assert SparseKVConfig.from_dict(paper) == SparseKVConfig(0.7, 0.7, "auto", "auto", 32)
+    assert SparseKVConfig.from_dict(paper) == SparseKVConfig(0.7, 0.7, "auto", "auto", 32, "auto")
 
 
 def test_what_takes_a_basis():
@@ -75,14 +75,31 @@ def test_every_field_is_settable():
         "window": 0,
         "basis": "b.safetensors",
     }
-    expected = SparseKVConfig(0, 0.75, "int4", "fp8", 0, "b.safetensors")
+    expected = SparseKVConfig(0, 0.75, "int4", "fp8", 0, "auto", "b.safetensors")
     assert SparseKVConfig.from_dict(settings) == expected
+
+
+def test_windows_of_int8_are_for_whole_integers():
+    def window(**settings):
+        config = SparseKVConfig.from_dict(settings)
+        return config.window, config.window_dtype
+
+    assert window() == window(key_dtype="int3", value_dtype="int3") == (112, "int8")
+    assert window(preset="capacity", window=7) == (7, "int8")
+    assert window(key_dtype="fp8") == window(value_sparsity=0.5) == (64, "auto")
+    assert window(preset="capacity", key_sparsity=0.5, key_dtype="int4") == (64, "auto")
+    assert window(key_sparsity=0.5, window=7) == (7, "auto")
+    assert window(key_sparsity=0.5, window_dtype="int8") == (64, "int8")
 
 
 def test_preset_is_the_start_and_single_fields_win():
     settings = {"value_dtype": "auto", "preset": "quality", "window": 7, "key_sparsity": 0.125}
     expected = replace(
-        SparseKVConfig(**PRESETS["quality"]), value_dtype="auto", window=7, key_sparsity=0.125
+        SparseKVConfig(**PRESETS["quality"]),
+        value_dtype="auto",
+        window=7,
+        window_dtype="auto",
+        key_sparsity=0.125,
     )
     assert SparseKVConfig.from_dict(settings) == expected
     assert expected != SparseKVConfig(**PRESETS["capacity"])

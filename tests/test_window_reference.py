@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same_bytes
 from helpers import REFERENCE, Ops, build_case
-from oracle import as_read, dense_attention
+from oracle import as_read, dense_attention, in_int8
 from ragged import RAGGED_MATRIX
 
 from vllm_sparsekv.format.layout import SparseFormat
@@ -21,13 +21,13 @@ RING_BLOCKS = ([9, 2, 7, 4, 11, 1], [3, 10, 6, 5, 8, 12])
 
 
 def make_format(window: int = 24, lookahead: int = 0, codec: str = "auto") -> SparseFormat:
-    config = SparseKVConfig(0.5, 0.5, codec, codec, window)
+    config = SparseKVConfig(0.5, 0.5, codec, codec, window, "auto")
     return SparseFormat.from_config(config, D, torch.float32, lookahead)
 
 
 def empty_ring(fmt: SparseFormat, r: int) -> torch.Tensor:
     """Window blocks as a request finds them, tags 0; the vectors are poison."""
-    window = torch.full((13, H, r, fmt.slot_bytes // 4), torch.nan)
+    window = torch.full((13, H, r, fmt.slot_elements), torch.nan)
     fmt.slots(window).tag.zero_()
     return window
 
@@ -159,8 +159,15 @@ def test_a_step_of_the_ragged_matrix(spec):
         block = case.window_block_table[row, position % ring // r].long()
         slot = position % ring % r
         written[block, slot] = True
-        assert torch.equal(slots.key[block, :, slot], case.keys[row][position])
-        assert torch.equal(slots.value[block, :, slot], case.values[row][position])
+        for given, stored, step in (
+            (case.keys[row][position], slots.key, slots.key_step),
+            (case.values[row][position], slots.value, slots.value_step),
+        ):
+            read = stored[block, :, slot].double()
+            if step is None:
+                assert torch.equal(read, given.double())
+            else:
+                assert torch.equal(read * step[block, :, slot, None].double(), in_int8(given))
         assert (slots.tag[block, :, slot] == position[:, None] + 1).all()
     untouched = ~written[:, None].expand(case.window.shape[:3])
     assert_same_bytes(case.window[untouched], before[untouched])
@@ -180,7 +187,7 @@ class Engine:
         self.r = fmt.slots_per_block(block_size)
         self.m = fmt.blocks_per_ring(self.r)
         self.ring = torch.randperm(self.m, generator=generator).int() + 1
-        self.window = torch.zeros(self.m + 1, H, self.r, fmt.slot_bytes // 4)
+        self.window = torch.zeros(self.m + 1, H, self.r, fmt.slot_elements)
 
     def step(self, start: int, end: int, *, window_first: bool = False) -> torch.Tensor:
         """Attention of positions start to end, (end - start, 3 * H, D)."""
@@ -286,7 +293,7 @@ def test_one_slot_less_than_the_drafts_need_loses_a_window_token(window, lookahe
     fmt = make_format(window, lookahead)
     engine, slots = Engine(fmt), fmt.min_ring_slots - 1 - short
     engine.ring = torch.tensor([1]).int()
-    engine.window = torch.zeros(2, H, slots, fmt.slot_bytes // 4)
+    engine.window = torch.zeros(2, H, slots, fmt.slot_elements)
     engine.step(0, 50)
     engine.step(50, 51 + lookahead)
     if not short:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from vllm_sparsekv.format.codecs import CODECS
@@ -16,15 +16,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         "value_sparsity": value_sparsity,
         "key_dtype": key_dtype,
         "value_dtype": value_dtype,
-        "window": 64,
+        "window": window,
+        "window_dtype": window_dtype,
     }
-    for name, key_sparsity, key_dtype, value_sparsity, value_dtype in (
-        ("quality", 0.0, "int4", 0.0, "int4"),
-        ("balanced", 0.0, "int4", 0.0, "int3"),
-        ("capacity", 0.0, "int4_int2", 0.0, "int2"),
-        ("safe", 0.5, "fp8", 0.0, "int4"),
-        ("sparse-50", 0.5, "fp8", 0.5, "fp8"),
-        ("sparse-70", 0.7, "fp8", 0.7, "fp8"),
+    for name, key_sparsity, key_dtype, value_sparsity, value_dtype, window, window_dtype in (
+        ("quality", 0.0, "int4", 0.0, "int4", 112, "int8"),
+        ("balanced", 0.0, "int4", 0.0, "int3", 112, "int8"),
+        ("capacity", 0.0, "int4_int2", 0.0, "int2", 112, "int8"),
+        ("safe", 0.5, "fp8", 0.0, "int4", 64, "auto"),
+        ("sparse-50", 0.5, "fp8", 0.5, "fp8", 64, "auto"),
+        ("sparse-70", 0.7, "fp8", 0.7, "fp8", 64, "auto"),
     )
 }
 """Points on the curve of bytes against quality (``make bench-accuracy``).
@@ -60,6 +61,8 @@ UNCALIBRATED_DEFAULT = "safe"
 (key offsets of 30 to 300 as key biases make, huge channels, a huge first token).
 """
 
+WINDOW_DTYPES = ("auto", "int8")
+
 PRUNED_DTYPE = "fp8"
 """Of pruned vectors where no dtype is named."""
 
@@ -74,7 +77,9 @@ class SparseKVConfig:
         key_dtype: how surviving key elements are stored, a name in ``codecs.CODECS``; "int4_int2"
             needs a basis.
         value_dtype: the same for value elements, without "int4_int2".
-        window: newest tokens of a request that stay dense, >= 0.
+        window: newest tokens of a request that stay whole, >= 0.
+        window_dtype: how elements of theirs are stored: "auto", in the model's own dtype, or
+            "int8", with a step per vector.
         basis: in which integer keys and values are stored: "auto", one calibrated for this model
             when it is first served and kept; path of a file written by ``sparsekv-calibrate``; or
             "none".
@@ -89,7 +94,8 @@ class SparseKVConfig:
     value_sparsity: float = 0.0
     key_dtype: str = "int4"
     value_dtype: str = "int3"
-    window: int = 64
+    window: int = 112
+    window_dtype: str = "int8"
     basis: str = "auto"
     calibration_tokens: int = 8192
     basis_sha256: str | None = None
@@ -117,6 +123,8 @@ class SparseKVConfig:
                 )
         if not isinstance(self.window, int) or isinstance(self.window, bool) or self.window < 0:
             raise _invalid("window", self.window, "an integer >= 0 (tokens)")
+        if self.window_dtype not in WINDOW_DTYPES:
+            raise _invalid("window_dtype", self.window_dtype, f"one of {list(WINDOW_DTYPES)}")
         if not isinstance(self.basis, str) or not self.basis:
             raise _invalid("basis", self.basis, "'auto', 'none' or a path (string)")
         if self.basis not in ("auto", "none") and not self.takes_basis:
@@ -153,7 +161,8 @@ class SparseKVConfig:
 
         Who names neither preset nor anything about keys gets those of the default preset, which
         depends on whether there is a basis; likewise values. Pruned vectors without a named dtype
-        take ``PRUNED_DTYPE``.
+        take ``PRUNED_DTYPE``. A window of int8 is for whole integers, which are rotated: with other
+        keys or values who names nothing about the window gets that of ``UNCALIBRATED_DEFAULT``.
 
         Raises:
             ValueError: names the field, the value and the valid set.
@@ -182,7 +191,13 @@ class SparseKVConfig:
             named = preset is not None and not CODECS[values[dtype]].whole_only
             if given.get(sparsity) and dtype not in given and not named:
                 values[dtype] = PRUNED_DTYPE
-        return cls(**(values | given))
+        config = cls(**(values | given))
+        whole = config.key_sparsity == config.value_sparsity == 0
+        if whole and all(CODECS[x].integer for x in (config.key_dtype, config.value_dtype)):
+            return config
+        safe = PRESETS[UNCALIBRATED_DEFAULT]
+        names = ("window", "window_dtype")
+        return replace(config, **{name: safe[name] for name in names if name not in given})
 
     @property
     def vectors(self) -> str:

@@ -21,16 +21,16 @@ from vllm_sparsekv.kernels.window.triton import write_window
 from vllm_sparsekv.settings import SparseKVConfig
 
 CACHES = {
-    "auto-50-50": SparseKVConfig(0.5, 0.5, "auto", "auto", 64),
-    "fp8-50-50": SparseKVConfig(0.5, 0.5, "fp8", "fp8", 64),
-    "int4-30-50": SparseKVConfig(0.3, 0.5, "int4", "int4", 64),
-    "int4-50-50": SparseKVConfig(0.5, 0.5, "int4", "int4", 64),
-    "int4-0-50": SparseKVConfig(0.0, 0.5, "int4", "int4", 64),
-    "int4-0-0": SparseKVConfig(0.0, 0.0, "int4", "int4", 64),
-    "int4-int3-0-0": SparseKVConfig(0.0, 0.0, "int4", "int3", 64),
-    "int3-0-0": SparseKVConfig(0.0, 0.0, "int3", "int3", 64),
-    "int4_int2-int3-0-0": SparseKVConfig(0.0, 0.0, "int4_int2", "int3", 64, basis="any"),
-    "int3-int2-0-0": SparseKVConfig(0.0, 0.0, "int3", "int2", 64),
+    "auto-50-50": SparseKVConfig(0.5, 0.5, "auto", "auto", 64, "auto"),
+    "fp8-50-50": SparseKVConfig(0.5, 0.5, "fp8", "fp8", 64, "auto"),
+    "int4-30-50": SparseKVConfig(0.3, 0.5, "int4", "int4", 64, "auto"),
+    "int4-50-50": SparseKVConfig(0.5, 0.5, "int4", "int4", 64, "auto"),
+    "int4-0-50": SparseKVConfig(0.0, 0.5, "int4", "int4", 64, "auto"),
+    "int4-0-0": SparseKVConfig(0.0, 0.0, "int4", "int4", 64, "auto"),
+    "int4-int3-0-0": SparseKVConfig(0.0, 0.0, "int4", "int3", 64, "auto"),
+    "int3-0-0": SparseKVConfig(0.0, 0.0, "int3", "int3", 64, "auto"),
+    "int4_int2-int3-0-0": SparseKVConfig(0.0, 0.0, "int4_int2", "int3", 64, "auto", basis="any"),
+    "int3-int2-0-0": SparseKVConfig(0.0, 0.0, "int3", "int2", 64, "auto"),
 }
 """Codecs, then sparsity of keys and of values in percent; kernels read no basis."""
 DTYPE = torch.bfloat16
@@ -61,9 +61,8 @@ class Decode:
         self.key = torch.randn(batch, heads, fmt.head_size, dtype=DTYPE, device=device)
         self.value = torch.randn_like(self.key)
         self.pages = self._pages(1 + batch * blocks, shape, device)
-        slot_elements = fmt.slot_bytes // DTYPE.itemsize
-        rings = (1 + batch * ring_blocks, heads, self.slots, slot_elements)
-        self.window = torch.zeros(rings, dtype=DTYPE, device=device)
+        rings = (1 + batch * ring_blocks, heads, self.slots, fmt.slot_elements)
+        self.window = torch.zeros(rings, dtype=fmt.window_dtype, device=device)
         order = torch.randperm(batch * blocks, device=device).int() + 1
         self.block_table = order.view(batch, blocks)
         ring = torch.arange(1, 1 + batch * ring_blocks, device=device, dtype=torch.int32)

@@ -1,7 +1,8 @@
 """The attention rule of the sparse cache at every position of a text, in one forward pass.
 
 The rule is that of ``kernels/attention/reference.py``: a query at position t in a step that
-starts at c reads positions j >= c - window dense and all earlier ones as the cache returns them.
+starts at c reads positions j >= c dense, the window before c as the window returns them, and all
+earlier ones as the cache does.
 Here every position is a query and steps are ``chunk`` tokens long, so c = t // chunk * chunk;
 ``chunk=1`` is decoding token by token, the hardest case, and ``chunk=n`` a prompt processed n
 tokens at a time.
@@ -55,11 +56,13 @@ def rule_attention(
     """
     key, value = key.to(dtype), value.to(dtype)
     cached_key, cached_value = method.key(key, query), method.value(value)
+    held_key, held_value = method.held(key, value) if method.held else (None, None)
     key, value = key.float(), value.float()
     num_kv_heads, tokens, _ = key.shape
     grouped = query.unflatten(0, (num_kv_heads, -1)) * scale
     position = torch.arange(tokens)
-    first_dense = position // chunk * chunk - method.window
+    first_of_step = position // chunk * chunk
+    first_dense = first_of_step - method.window
     out = torch.empty_like(grouped)
     window = tokens if sliding_window is None else sliding_window
     gone = None
@@ -71,13 +74,17 @@ def rule_attention(
         # Keys before `split` are cached for every query of the tile; from there on it depends.
         split = max(oldest, int(first_dense[start]))
         dense = position[split:end] >= first_dense[start:end, None]
+        own = dense if held_key is None else position[split:end] >= first_of_step[start:end, None]
         distance = position[start:end, None] - position[oldest:end]
         hidden = (distance < 0) | (distance >= window)
         for head, queries in enumerate(grouped[:, :, start:end].flatten(1, 2)):
             weights = queries @ cached_key[head, oldest:end].mT
             near = weights[:, split - oldest :].unflatten(0, (-1, end - start))
             exact = (queries @ key[head, split:end].mT).unflatten(0, near.shape[:2])
-            near.copy_(torch.where(dense, exact, near))
+            if held_key is not None:
+                held = (queries @ held_key[head, split:end].mT).unflatten(0, near.shape[:2])
+                near.copy_(torch.where(dense, held, near))
+            near.copy_(torch.where(own, exact, near))
             if soft_cap is not None:
                 weights.div_(soft_cap).tanh_().mul_(soft_cap)
             unseen = hidden if gone is None else hidden | gone[head, start:end, oldest:end]
@@ -90,7 +97,9 @@ def rule_attention(
                 total = (sink[:, None] - largest).exp()
             weights.sub_(largest).exp_()
             total = total + weights.sum(-1, keepdim=True)
-            result = (near * dense).flatten(0, 1) @ value[head, split:end]
+            result = (near * own).flatten(0, 1) @ value[head, split:end]
+            if held_value is not None:
+                result += (near * (dense & ~own)).flatten(0, 1) @ held_value[head, split:end]
             near *= ~dense
             result += weights @ cached_value[head, oldest:end]
             out[head, :, start:end] = result.div_(total).unflatten(0, near.shape[:2])

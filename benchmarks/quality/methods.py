@@ -31,7 +31,8 @@ from quality.rivals import (
 )
 from vllm_sparsekv.format.basis import Basis, change
 from vllm_sparsekv.format.basis_file import BasisFile
-from vllm_sparsekv.format.layout import TAG_BYTES, SparseFormat
+from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.window import TAG_BYTES, to_int8
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
@@ -71,6 +72,8 @@ class Method:
         value: what cached values read back as.
         vector_bytes: bytes of one key plus one value vector of one KV head.
         window: newest tokens that stay dense.
+        held: what keys and values of the window read back as where they are not dense.
+        slot_bytes: of one token and KV head there; None for those of a dense one.
         evaluation_only: true where the method cannot serve (it looks at the whole prompt).
         settings: the user's settings where the method is ours.
         layers: the method of each layer where they differ.
@@ -87,6 +90,8 @@ class Method:
     layers: tuple[Method, ...] = ()
     sinks: int = 0
     eviction: HeavyHitters | None = None
+    held: Callable[[Vectors, Vectors], tuple[Vectors, Vectors]] | None = None
+    slot_bytes: int | None = None
 
     def token_bytes(self, dense_bytes: int, context: int) -> float:
         """Bytes a token and KV head, the window's bytes spread over ``context`` tokens.
@@ -98,7 +103,7 @@ class Method:
         if self.layers:
             sizes = [layer.token_bytes(dense_bytes, context) for layer in self.layers]
             return sum(sizes) / len(sizes)
-        window = self.window * (dense_bytes + TAG_BYTES) / context
+        window = self.window * (self.slot_bytes or dense_bytes + TAG_BYTES) / context
         sinks = self.sinks * (dense_bytes - self.vector_bytes) / context
         share = self.eviction.share if self.eviction else 1
         return self.vector_bytes * share + window + sinks
@@ -124,6 +129,10 @@ class Method:
         facts = [self.vector_bytes, self.window, self.sinks, *(f"{x:.3e}" for x in errors)]
         if self.eviction:
             facts.append(self.eviction)
+        if self.held:
+            held = zip((key, value), self.held(key, value), strict=True)
+            errors = sum((read - exact.float()).square().sum().item() for exact, read in held)
+            facts += [self.slot_bytes, f"{errors:.3e}"]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:8]
 
 
@@ -174,9 +183,27 @@ def _stored(fmt: SparseFormat, basis: Basis, settings: dict[str, Any]) -> Method
         packed = pack_vectors(stored, fmt.value, basis.value_feedback)
         return basis.restored(unpack_vectors(*packed, fmt.value)).transpose(0, 1)
 
+    def held(k: Vectors, v: Vectors) -> tuple[Vectors, Vectors]:
+        stored_key = _in_int8(basis.stored_key(k.transpose(0, 1)))
+        stored_value = _in_int8(basis.stored_value(v.transpose(0, 1)))
+        back = None if basis.query is None else basis.query.mT
+        restored_key = change(stored_key, back, plus=basis.key_mean)
+        return restored_key.transpose(0, 1), basis.restored(stored_value).transpose(0, 1)
+
     return Method(
-        key=key, value=value, vector_bytes=fmt.token_bytes, window=fmt.window, settings=settings
+        key=key,
+        value=value,
+        vector_bytes=fmt.token_bytes,
+        window=fmt.window,
+        settings=settings,
+        held=held if fmt.window_dtype == torch.int8 else None,
+        slot_bytes=fmt.slot_bytes,
     )
+
+
+def _in_int8(x: torch.Tensor) -> torch.Tensor:
+    codes, step = to_int8(x)
+    return codes.float() * step.float().unsqueeze(-1)
 
 
 def edges_dense(method: Method, num_layers: int, dense_bytes: int, edge: int = 2) -> Method:
@@ -295,7 +322,7 @@ def _pruned(head_size: int, dtype: torch.dtype) -> dict[str, Method]:
         "2-of-4": pruned(TwoOfFour(), TwoOfFour(), 2 * packed_bytes, evaluation_only=False),
         **{
             f"mustafar-{percent}": sparse(
-                SparseKVConfig(percent / 100, percent / 100, "auto", "auto", WINDOW),
+                SparseKVConfig(percent / 100, percent / 100, "auto", "auto", WINDOW, "auto"),
                 head_size,
                 dtype,
             )
@@ -314,9 +341,11 @@ def _ours(head_size: int, dtype: torch.dtype, basis: Path | None) -> dict[str, M
         f"sparsekv-{name}{CALIBRATED}": ours(**settings, basis=str(basis))
         for name, settings in (
             *((name, {"preset": name}) for name in PRESETS if _is_integer(PRESETS[name])),
-            ("balanced-window-112", {"preset": "balanced", "window": 112}),
+            *(
+                (f"{name}-window-16-bit", {"preset": name, "window": 64, "window_dtype": "auto"})
+                for name in ("balanced", "capacity")
+            ),
             ("int4_int2-int3", {"key_dtype": "int4_int2"}),
-            ("int4_int2-int3-window-160", {"key_dtype": "int4_int2", "window": 160}),
             ("int3-int3", {"key_dtype": "int3", "value_dtype": "int3"}),
             ("pruned", {"key_sparsity": 0.5, "key_dtype": "int4", "value_dtype": "int3"}),
         )

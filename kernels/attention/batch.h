@@ -22,6 +22,7 @@ class Batch {
         values_ = carver.take<uint8_t>(BATCH * row + row + OVERREAD);
         bitmap_ = carver.take<uint8_t>(BATCH * head_size / 8);
         units_ = carver.take<float>(BATCH);
+        row_units_ = carver.take<float>(BATCH);
         ones_ = carver.take<float>(BATCH);
         zeros_ = carver.take<float>(BATCH);
         scales_ = carver.take<uint8_t>(BATCH * sizeof(uint16_t));
@@ -32,6 +33,7 @@ class Batch {
     void initialize() {
         for (int i = 0; i < BATCH; ++i) {
             ones_[i] = 1;
+            row_units_[i] = 1;
             units_[i] = 1;
             zeros_[i] = 0;
         }
@@ -72,6 +74,13 @@ class Batch {
     void add_row(const uint8_t* row, int n) {
         uint8_t* out = values_ + n * row_bytes();
         for (int i = 0; i < row_bytes(); i += 32) memcpy(out + i, row + i, 32);  // 16 elements at least
+        row_units_[n] = 1;
+    }
+
+    // Appends a row of int8 as number n, which the model dtype holds without loss, and what it counts in.
+    void add_codes(const int8_t* codes, float step, int n) {
+        convert_codes(codes, head_size_, model_storage_, values_ + n * row_bytes());
+        row_units_[n] = step;
     }
 
     // What was collected: dense rows, or pruned vectors.
@@ -84,7 +93,7 @@ class Batch {
 
     Vectors vectors(bool dense, int n) {
         const int64_t row = int64_t(head_size_) * sizeof(float);
-        if (dense) return {values_, bitmap_, row_bytes(), ones_, zeros_, scales_};
+        if (dense) return {values_, bitmap_, row_bytes(), row_units_, zeros_, scales_};
         if (layout_.storage == INT4_INT2) return {values_, bitmap_, row, ones_, zeros_, scales_};
         if (!has_nan_) return {place_.values, place_.bitmap, stride(), units_, zeros_, scales_};
         // Element by element: a NaN unit would spoil the zeros of pruned elements.
@@ -159,7 +168,7 @@ class Batch {
     struct {
         const uint8_t *values, *bitmap;
     } place_{};
-    float *units_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
+    float *units_ = nullptr, *row_units_ = nullptr, *ones_ = nullptr, *zeros_ = nullptr;
     float* exact_ = nullptr;
     bool has_nan_ = false, whole_ = false;
 };

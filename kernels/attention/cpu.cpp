@@ -137,7 +137,7 @@ class Worker {
 
     void add_window() {
         for (int i = ring_.first(); i < unit_.request->context; ++i)
-            if (const uint8_t* slot = ring_.at(i)) add_dense(slot, slot + layout_.row_bytes(), i);
+            if (const uint8_t* slot = ring_.at(i)) add_slot(slot, i);
     }
 
     void add_step() {
@@ -152,9 +152,22 @@ class Worker {
         fold(Source::DENSE_ROWS);
     }
 
+    void add_slot(const uint8_t* slot, int position) {
+        const uint8_t* value = slot + layout_.slot_row_bytes();
+        if (layout_.window_bytes != 1) return add_dense(slot, value, position);
+        const uint8_t* steps = value + layout_.slot_row_bytes() + sizeof(int32_t);
+        folding_.add_codes(reinterpret_cast<const int8_t*>(slot), reinterpret_cast<const int8_t*>(value),
+                           load_bfloat16(steps), load_bfloat16(steps + 2), batch_);
+        add_position(position);
+    }
+
     void add_dense(const uint8_t* key, const uint8_t* value, int position) {
-        positions_[batch_] = position;
         folding_.add_row(key, value, batch_);
+        add_position(position);
+    }
+
+    void add_position(int position) {
+        positions_[batch_] = position;
         if (++batch_ == BATCH) fold(Source::DENSE_ROWS);
     }
 

@@ -1,4 +1,4 @@
-"""Attention over dense vectors: the ring of newest tokens, then the step's own.
+"""Attention over whole vectors: the ring of newest tokens, then the step's own.
 
 Arguments that several functions share:
 
@@ -59,10 +59,18 @@ def attend_ring(
         mask = usable[:, None] & (element < D)[None, :]
         k = tl.load(ring.start + source, mask=mask, other=0)
         v = tl.load(ring.start + D + source, mask=mask, other=0)
+        units = scale
+        if k.dtype == tl.int8:
+            # Codes are exact in the model dtype; the values they stand for are rounded to it.
+            steps = tl.load(tag + 1, mask=usable, other=0)
+            units = scale * (steps << 16).to(tl.float32, bitcast=True)[None, :]
+            v = v.to(tl.float32) * (steps & -0x10000).to(tl.float32, bitcast=True)[:, None]
+            k = k.to(tl.float32).to(q.dtype)
+            v = v.to(q.dtype)
         seen = usable[None, :]
         if oldest is not None:
             seen &= position[None, :] >= oldest.of_rows[:, None]
-        sums = _fold_dense(sums, q, k, v, seen, scale, soft_cap)
+        sums = _fold_dense(sums, q, k, v, seen, units, soft_cap)
     return sums
 
 
@@ -116,7 +124,7 @@ def attend_step(
 
 @triton.jit
 def _fold_dense(sums, q, k, v, seen, scale, soft_cap):
-    """Add keys and values (n, PADDED) where ``seen``, broadcastable to (ROWS, n)."""
+    """Add keys and values (n, PADDED) where ``seen``; it and scale broadcast to (ROWS, n)."""
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if soft_cap is not None:
         scores = cap(scores, soft_cap)

@@ -77,6 +77,12 @@ class Fold {
         value_.add_row(value, n);
     }
 
+    // Appends rows of int8 as number n, and what they count in.
+    void add_codes(const int8_t* key, const int8_t* value, float key_step, float value_step, int n) {
+        key_.add_codes(key, key_step, n);
+        value_.add_codes(value, value_step, n);
+    }
+
     // Folds the n vectors of the batch, dense rows or vectors of pages, and empties it; visible(i) is
     // what the i-th query sees of it.
     template <class Seen>

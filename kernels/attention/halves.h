@@ -137,6 +137,12 @@ class Halves {
         for (int band = 0; band < bands; ++band) units[band][n] = 1;
     }
 
+    // Appends a row of int8 as number n, and what it counts in.
+    void add_codes(const int8_t* codes, float step, int n) {
+        convert_codes(codes, head_size_, BFLOAT16, reinterpret_cast<uint8_t*>(rows + n * head_size_));
+        for (int band = 0; band < bands; ++band) units[band][n] = step;
+    }
+
     uint16_t* rows = nullptr;             // (capacity x head_size)
     float* units[2] = {nullptr, nullptr};  // what each row counts in: all of it, or each half
     int bands = 1;

@@ -65,6 +65,11 @@ class PairFold {
         value_.add_row(value, n);
     }
 
+    void add_codes(const int8_t* key, const int8_t* value, float key_step, float value_step, int n) {
+        key_.add_codes(key, key_step, n);
+        value_.add_codes(value, value_step, n);
+    }
+
     template <class Seen>
     void fold(int n, bool, Seen visible, Ahead&) {
         const float scale = plan_.call.scale * LOG2_E;

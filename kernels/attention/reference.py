@@ -4,7 +4,7 @@ For a request with c tokens computed before this step and a query at position t 
 j <= t contributes
 
 - j >= c: the step's own key and value, dense;
-- c - window <= j < c and the ring holds j: the dense copy in the ring;
+- c - window <= j < c and the ring holds j: the whole copy in the ring;
 - otherwise: the pruned vector unpacked from its page.
 
 With a sliding window of w only positions j > t - w contribute; nothing that no query sees is read,
@@ -52,8 +52,8 @@ def sparse_attention(
         key: (num_tokens, num_kv_heads, D) model dtype, this step's, after RoPE.
         value: (num_tokens, num_kv_heads, D) model dtype, this step's.
         pages: (num_blocks, num_kv_heads, block_size, token_bytes) uint8.
-        window: (num_blocks, num_kv_heads, r, slot elements) model dtype, or None when
-            ``fmt.window`` is 0.
+        window: (num_blocks, num_kv_heads, r, slot elements) of the format's window dtype,
+            or None when ``fmt.window`` is 0.
         query_start_loc: (num_reqs + 1,) int32, first token of each request in this step.
         seq_lens: (num_reqs,) int32, tokens of each request including this step's.
         block_table: (num_reqs, max_blocks) int32, page of each block of tokens.
@@ -181,13 +181,19 @@ def _attend_window(
     """Fold in the ring; returns its usable tags (R, H, ring), 0 where a slot is not usable."""
     slots = fmt.slots(window)
     # Blocks (R, m, H, r, ...) to one ring (R, H, m * r, ...).
-    key, value, tag = (slot[block_table].transpose(1, 2).flatten(2, 3) for slot in slots)
+    key, value, tag, *steps = (
+        None if slot is None else slot[block_table].transpose(1, 2).flatten(2, 3) for slot in slots
+    )
     position = tag.long() - 1
     context = context_lens[:, None, None]
     in_window = (position >= context - fmt.window) & (position >= 0) & (position < context)
     in_place = position % tag.shape[-1] == torch.arange(tag.shape[-1], device=tag.device)
     usable = in_window & in_place
-    softmax.add(key.float(), value.float().masked_fill(~usable.unsqueeze(-1), 0), position, usable)
+    key, value = (
+        x.float() if step is None else x.float() * step.float().unsqueeze(-1)
+        for x, step in zip((key, value), steps, strict=True)
+    )
+    softmax.add(key, value.masked_fill(~usable.unsqueeze(-1), 0), position, usable)
     return tag.long() * usable
 
 

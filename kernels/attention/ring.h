@@ -37,7 +37,7 @@ class RingSlots {
         each_run(call, unit, first_, unit.request->context, [&](int position, const uint8_t* content, int count) {
             for (const int end = position + count; position < end; ++position, content += layout.slot_bytes()) {
                 int32_t tag;
-                memcpy(&tag, content + 2 * layout.row_bytes(), sizeof tag);
+                memcpy(&tag, content + 2 * layout.slot_row_bytes(), sizeof tag);
                 slots_[position - first_] = tag == position + 1 ? content : nullptr;
             }
         });
@@ -46,7 +46,7 @@ class RingSlots {
     // The first position that may be held.
     int first() const { return first_; }
 
-    // The dense copy of a computed position, or nullptr where it must be read pruned.
+    // The whole copy of a computed position, or nullptr where it must be read pruned.
     const uint8_t* at(int position) const { return position < first_ ? nullptr : slots_[position - first_]; }
 
   private:

@@ -33,6 +33,7 @@ class Layout(ctypes.Structure):
         ("head_size", ctypes.c_int32),
         ("storage", ctypes.c_int32),
         ("window", ctypes.c_int32),
+        ("window_bytes", ctypes.c_int32),
         ("key", VectorLayout),
         ("value", VectorLayout),
     ]
@@ -113,6 +114,7 @@ def encode(fmt: SparseFormat) -> tuple[int, ...]:
         fmt.head_size,
         STORAGE[fmt.dtype],
         fmt.window,
+        fmt.window_dtype.itemsize,
         fmt.key.survivors,
         _storage(fmt.key),
         fmt.value.survivors,
@@ -127,7 +129,7 @@ def _storage(vector: VectorFormat) -> int:
 
 @cache
 def layout_of(encoded: tuple[int, ...]) -> Layout:
-    return Layout(*encoded[:3], VectorLayout(*encoded[3:5]), VectorLayout(*encoded[5:]))
+    return Layout(*encoded[:4], VectorLayout(*encoded[4:6]), VectorLayout(*encoded[6:]))
 
 
 def feedback_of(matrix: Tensor | None) -> Feedback:

@@ -27,6 +27,12 @@ inline To bit_cast(From x) {
 
 inline float bfloat16_to_float(uint16_t x) { return bit_cast<float>(uint32_t(x) << 16); }
 
+inline float load_bfloat16(const uint8_t* p) {
+    uint16_t x;
+    memcpy(&x, p, sizeof x);
+    return bfloat16_to_float(x);
+}
+
 // Both small formats share one scheme: move exponent and mantissa into place, change the bias, and
 // let a subtraction normalise what was subnormal.
 inline float float16_to_float(uint16_t x) {
@@ -202,6 +208,24 @@ inline void encode_row(int storage, const float* x, int size, uint8_t* out) {
     for (; i < size; ++i) {
         const uint16_t y = storage == BFLOAT16 ? float_to_bfloat16(x[i]) : float_to_float16(x[i]);
         memcpy(out + 2 * i, &y, 2);
+    }
+}
+
+// A row of int8 to the model dtype, which holds it without loss; `size` is a multiple of 16.
+inline void convert_codes(const int8_t* codes, int size, int storage, uint8_t* out) {
+    const int bytes = storage_bits(storage) / 8;
+    for (int i = 0; i < size; i += LANES) {
+        SignedBytes some;
+        memcpy(&some, codes + i, sizeof some);
+        const F x = __builtin_convertvector(__builtin_convertvector(some, I), F);
+        if (storage == BFLOAT16) {
+            const Word halves = __builtin_convertvector(float_to_bits(x) >> 16, Word);
+            memcpy(out + i * bytes, &halves, sizeof halves);
+        } else {
+            float wide[LANES];
+            store(wide, x);
+            encode_row(storage, wide, LANES, out + i * bytes);
+        }
     }
 }
 

@@ -113,4 +113,26 @@ inline void encode(int storage, const float* x, int survivors, uint8_t* values, 
     for (int i = 0; i < survivors; ++i) values[i] = float_to_fp8(x[i]);
 }
 
+// `count` values of one vector as vllm_sparsekv/format/window.py has them; returns the step.
+inline uint16_t encode_int8(const float* x, int count, int8_t* codes) {
+    constexpr float LARGEST = 127;
+    F highest{}, unbounded{};  // the latter is NaN where there is an Inf or a NaN
+    for (int i = 0; i < count; i += LANES) {
+        const F y = load(x + i), magnitude = y < 0.f ? -y : y;
+        highest = magnitude > highest ? magnitude : highest;
+        unbounded += y * 0.f;
+    }
+    uint32_t bits = bit_cast<uint32_t>(largest(highest) / LARGEST);
+    if (sum(unbounded) != 0) bits = 0x7fc00000;  // NaN
+    const F step = broadcast(bit_cast<float>(bits & 0xffff0000u)), limit = broadcast(LARGEST);
+    for (int i = 0; i < count; i += LANES) {
+        F y = load(x + i) / step;
+        y = y - y == 0.f ? y : F{};
+        y = y > limit ? limit : y < -limit ? -limit : y;
+        const SignedBytes some = __builtin_convertvector(__builtin_convertvector(y + ROUND - ROUND, I), SignedBytes);
+        memcpy(codes + i, &some, sizeof some);
+    }
+    return static_cast<uint16_t>(bits >> 16);
+}
+
 }  // namespace sparsekv::SPARSEKV_ISA

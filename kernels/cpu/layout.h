@@ -24,13 +24,16 @@ struct Layout {
     int32_t head_size;
     int32_t storage;  // of the model
     int32_t window;
+    int32_t window_bytes;  // of an element there: those of the model, or 1 of int8
     VectorLayout key, value;
 
     // 0 where every element survives.
     int bitmap_bytes(const VectorLayout& x) const { return x.survivors < head_size ? head_size / 8 : 0; }
     int element_bytes() const { return storage_bits(storage) / 8; }
     int row_bytes() const { return head_size * element_bytes(); }
-    int slot_bytes() const { return 2 * row_bytes() + 8; }
+    // In the window.
+    int slot_row_bytes() const { return head_size * window_bytes; }
+    int slot_bytes() const { return 2 * slot_row_bytes() + 8; }
     int token_bytes() const {
         return bitmap_bytes(key) + bitmap_bytes(value) + key.value_bytes() + value.value_bytes() +
                scale_bytes(key.storage) + scale_bytes(value.storage);

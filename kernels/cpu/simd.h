@@ -37,6 +37,7 @@ typedef float F __attribute__((vector_size(4 * LANES)));
 typedef int32_t I __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Word __attribute__((vector_size(2 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(LANES)));
+typedef int8_t SignedBytes __attribute__((vector_size(LANES)));
 typedef float UnalignedF __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 inline F load(const float* p) { return *reinterpret_cast<const UnalignedF*>(p); }

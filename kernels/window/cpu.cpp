@@ -1,8 +1,22 @@
 // Copies each request's newest tokens of this step into its ring; reference.py says which.
 
+#include "../cpu/encode.h"
 #include "window.h"
 
 namespace sparsekv::SPARSEKV_ISA {
+
+// One vector of the model dtype to a slot; the step is that of int8.
+static void write_vector(const Layout& layout, const uint8_t* row, uint8_t* stored, uint8_t* step) {
+    if (layout.window_bytes != 1) {
+        memcpy(stored, row, layout.row_bytes());
+        return;
+    }
+    thread_local Scratch memory;
+    float* x = static_cast<float*>(memory.reserve(layout.head_size * sizeof(float)));
+    decode_row(layout.storage, row, layout.head_size, x);
+    const uint16_t bits = encode_int8(x, layout.head_size, reinterpret_cast<int8_t*>(stored));
+    memcpy(step, &bits, sizeof bits);
+}
 
 void write_request(const WindowCall& call, int request) {
     const Layout& layout = call.layout;
@@ -20,10 +34,12 @@ void write_request(const WindowCall& call, int request) {
         for (int head = 0; head < call.num_kv_heads; ++head, content += call.window_head_stride) {
             const int64_t column = int64_t(head) * layout.head_size;
             const int32_t tag = position + 1;
-            memcpy(content, call.key + (token * call.key_stride + column) * layout.element_bytes(), layout.row_bytes());
-            memcpy(content + layout.row_bytes(),
-                   call.value + (token * call.value_stride + column) * layout.element_bytes(), layout.row_bytes());
-            memcpy(content + 2 * layout.row_bytes(), &tag, sizeof tag);
+            uint8_t *value = content + layout.slot_row_bytes(), *behind = value + layout.slot_row_bytes();
+            write_vector(layout, call.key + (token * call.key_stride + column) * layout.element_bytes(), content,
+                         behind + sizeof tag);
+            write_vector(layout, call.value + (token * call.value_stride + column) * layout.element_bytes(), value,
+                         behind + sizeof tag + sizeof(uint16_t));
+            memcpy(behind, &tag, sizeof tag);
         }
     }
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.window import to_int8
 
 
 def write_window(
@@ -25,7 +26,7 @@ def write_window(
     Args:
         key: (num_tokens, num_kv_heads, D) model dtype, after RoPE.
         value: (num_tokens, num_kv_heads, D) model dtype.
-        window: (num_blocks, num_kv_heads, r, slot elements) model dtype.
+        window: (num_blocks, num_kv_heads, r, slot elements) of the format's window dtype.
         query_start_loc: (num_reqs + 1,) int32, first token of each request.
         seq_lens: (num_reqs,) int32, tokens of each request including this step's.
         slot_mapping: (num_slots,) int64 of the sparse pages; negative tokens are not written.
@@ -47,6 +48,12 @@ def write_window(
 
     block, slot = block[written].long(), slot[written] % slots_per_block
     slots = fmt.slots(window)
-    slots.key[block, :, slot] = key[written]
-    slots.value[block, :, slot] = value[written]
+    for x, stored, steps in (
+        (key, slots.key, slots.key_step),
+        (value, slots.value, slots.value_step),
+    ):
+        if steps is None:
+            stored[block, :, slot] = x[written]
+        else:
+            stored[block, :, slot], steps[block, :, slot] = to_int8(x[written])
     slots.tag[block, :, slot] = (position[written] + 1).int().unsqueeze(-1)

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from vllm_sparsekv.format.layout import SparseFormat
 from vllm_sparsekv.kernels.attention.arguments import Vectors, ring_arguments, ring_of
-from vllm_sparsekv.kernels.triton import find_request
+from vllm_sparsekv.kernels.triton import encode_int8, find_request
 
 
 def write_window(
@@ -100,13 +100,20 @@ def write_slot(
         block = tl.load(slots.table + place // SLOTS_PER_BLOCK).to(tl.int64)
         if position >= length - ring_slots and block > 0:
             slot = place % SLOTS_PER_BLOCK
-            element = tl.arange(0, PADDED)
+            element = tl.arange(0, PADDED)[None, :]
             inside = element < D
             wide = token.to(tl.int64)
             k = key.start + wide * key.token_stride + head * key.head_stride + element
             v = value.start + wide * value.token_stride + head * value.head_stride + element
             target = slots.start + block * slots.block_stride + slot * slots.slot_stride
-            tl.store(target + element, tl.load(k, mask=inside), mask=inside)
-            tl.store(target + D + element, tl.load(v, mask=inside), mask=inside)
             tag = slots.tags + block * slots.tag_block_stride + slot * slots.tag_slot_stride
+            x = tl.load(k, mask=inside, other=0)
+            y = tl.load(v, mask=inside, other=0)
+            if slots.start.dtype.element_ty == tl.int8:
+                x, key_step = encode_int8(x)
+                y, value_step = encode_int8(y)
+                # The key's in the lower half.
+                tl.store(tag + 1 + tl.arange(0, 1), (key_step >> 16) | value_step)
+            tl.store(target + element, x, mask=inside)
+            tl.store(target + D + element, y, mask=inside)
             tl.store(tag, position + 1)

@@ -105,7 +105,7 @@ def test_infinities_and_nans_survive_alike(dtype, codec):
     assert_same_bytes(packed(pack, x, fmt), packed(REFERENCE.pack, x, fmt))
 
 
-FEW = AXES | {"batch": ("few",), "group": (1,), "window": ((0, 0),)}
+FEW = AXES | {"batch": ("few",), "group": (1,), "window": ((0, 0, "auto"),)}
 WHOLE = {"sparsities": ((0.0, 0.0),)}
 PAGES = (
     *matrix(FEW),

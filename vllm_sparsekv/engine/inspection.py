@@ -57,7 +57,8 @@ class Cache:
         token_bytes: bytes of a token in all attention layers, without the window.
         ratio: of the dense cache's ``token_bytes`` to them.
         block_size: tokens of a page.
-        window: newest tokens of a request that stay dense, at least, in every layer.
+        window: newest tokens of a request that stay whole, at least, in every layer.
+        window_dtype: of their elements.
         ring_bytes: that a request's windows take in all layers.
         tokens: KV cache size in the memory asked for, as vLLM reports it; None where it does not
             hold one request of ``max_model_len``.
@@ -69,6 +70,7 @@ class Cache:
     ratio: float
     block_size: int
     window: int
+    window_dtype: str
     ring_bytes: int
     tokens: int | None
 
@@ -121,7 +123,7 @@ def inspect(options: dict[str, Any], memory: int) -> Inspection:
         tokens = _tokens(config, memory)
         dtype = str(config.model_config.dtype).removeprefix("torch.")
         block_size = config.cache_config.block_size
-        caches = [Cache("dense", dtype, dense_bytes, 1.0, block_size, 0, 0, tokens)]
+        caches = [Cache("dense", dtype, dense_bytes, 1.0, block_size, 0, dtype, 0, tokens)]
         caches += [_sparse(options, name, dense_bytes, memory) for name in PRESETS]
         path = basis_path(config, positions(config), SparseKVConfig.calibration_tokens)
         return Inspection(
@@ -157,6 +159,7 @@ def _sparse(options: dict[str, Any], preset: str, dense_bytes: int, memory: int)
         ratio=round(dense_bytes / token_bytes, 3),
         block_size=config.cache_config.block_size,
         window=min(cache.format.window for cache in caches),
+        window_dtype=str(caches[0].format.window_dtype).removeprefix("torch."),
         ring_bytes=sum(ring.max_memory_usage_bytes(config) for ring in rings),
         tokens=tokens,
     )
@@ -208,7 +211,7 @@ def describe(found: Inspection) -> str:
                 f"{cache.token_bytes:,}",
                 f"{cache.ratio:.2f}x",
                 f"{cache.block_size}",
-                f"{cache.window}",
+                f"{cache.window} {cache.window_dtype}" if cache.window else "0",
                 f"{cache.ring_bytes:,}",
                 "-" if cache.tokens is None else f"{cache.tokens:,}",
                 more,

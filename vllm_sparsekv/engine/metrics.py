@@ -72,7 +72,7 @@ def describe(vllm_config: VllmConfig, ranks: list[dict[str, Any]]) -> list[Metri
             "Dense bytes of a token over those it takes.",
             total["dense_token"] / total["token"],
         ),
-        Metric("ring_bytes", "Bytes of the dense windows of a request.", total["ring"]),
+        Metric("ring_bytes", "Bytes of the windows of a request.", total["ring"]),
         Metric("cache_tokens", "Tokens the cache holds, as vLLM reports them.", tokens),
         Metric(
             "dense_cache_tokens",

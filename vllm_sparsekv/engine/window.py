@@ -1,4 +1,4 @@
-"""The dense window as a companion cache layer: a ring of blocks per request.
+"""The window as a companion cache layer: a ring of blocks per request.
 
 Built on vLLM's ``CircularBufferSpec`` (one block per request, not prefix-cacheable, no slot
 mapping), spread over m blocks that a request claims with its first allocation and holds to its
@@ -160,7 +160,7 @@ class WindowLayer(torch.nn.Module, AttentionLayerBase):
         fmt: the cache format.
 
     Attributes:
-        kv_cache: (num_blocks, num_kv_heads, r, slot elements) model dtype, bound by vLLM.
+        kv_cache: (num_blocks, num_kv_heads, r, slot elements) window dtype, bound by vLLM.
     """
 
     def __init__(self, name: str, num_kv_heads: int, fmt: SparseFormat) -> None:
@@ -178,7 +178,7 @@ class WindowLayer(torch.nn.Module, AttentionLayerBase):
             block_size=vllm_config.cache_config.block_size,
             num_kv_heads=self.num_kv_heads,
             head_size=self.format.head_size,
-            dtype=self.format.dtype,
+            dtype=self.format.window_dtype,
             state_content_bytes=self.format.slot_bytes,
             token_bytes=self.format.token_bytes,
             min_slots=self.format.min_ring_slots,

@@ -1,4 +1,4 @@
-"""The byte layout of a sparse page and of a window slot; every size derives from here.
+"""The byte layout of a sparse page; every size derives from here.
 
 A vLLM block of N tokens holds one contiguous *tile* per KV head (cache layout ``LBHNC``). A tile
 keeps the six sections of all its tokens one after the other, N entries each (D = head_size, k =
@@ -14,13 +14,7 @@ byte ``i // 8`` is set when element i of the vector survived; the values follow 
 Vectors that keep all their elements (k = D) have no bitmap: its section is 0 bytes wide. Every
 vector costs the same bytes, so a page is complete once written and needs no offsets.
 
-The dense window is a ring of slots per request in blocks of its own. One slot, in the model dtype::
-
-    +-------+-------+-----------------------------------------+
-    | K (D) | V (D) | int32 position + 1, padded to 8 bytes   |
-    +-------+-------+-----------------------------------------+
-
-A slot holds position p only if its tag equals p + 1, so zeroed memory holds nothing.
+The newest tokens are whole as well, see :mod:`vllm_sparsekv.format.window`.
 """
 
 from __future__ import annotations
@@ -32,9 +26,9 @@ from typing import NamedTuple
 import torch
 
 from vllm_sparsekv.format.codecs import CODECS, Codec
+from vllm_sparsekv.format.window import TAG_BYTES, WindowSlots
 from vllm_sparsekv.settings import SparseKVConfig
 
-TAG_BYTES = 8
 BLOCK_SIZE_MULTIPLE = 16
 DEFAULT_BLOCK_SIZES = (64, 96, 128)
 """Tokens; small enough for prefix caching to share most of a prompt."""
@@ -106,17 +100,6 @@ class PageSections(NamedTuple):
     value_scales: torch.Tensor
 
 
-class WindowSlots(NamedTuple):
-    """Views into window blocks, each (num_blocks, num_kv_heads, slots, ...)."""
-
-    key: torch.Tensor
-    """(..., D) model dtype."""
-    value: torch.Tensor
-    """(..., D) model dtype."""
-    tag: torch.Tensor
-    """(...) int32, position + 1, 0 when empty."""
-
-
 @dataclass(frozen=True)
 class SparseFormat:
     """The whole cache format of one attention layer.
@@ -124,8 +107,9 @@ class SparseFormat:
     Attributes:
         key: format of key vectors.
         value: format of value vectors.
-        dtype: model dtype, also the dtype of the dense window.
-        window: newest tokens of a request that stay dense; 0 means no window.
+        dtype: model dtype.
+        window: newest tokens of a request that stay whole; 0 means no window.
+        window_dtype: of their elements, the model dtype or int8.
         lookahead: tokens a step may write beyond the accepted ones (speculative decoding).
     """
 
@@ -133,6 +117,7 @@ class SparseFormat:
     value: VectorFormat
     dtype: torch.dtype
     window: int
+    window_dtype: torch.dtype
     lookahead: int = 0
 
     @classmethod
@@ -171,6 +156,7 @@ class SparseFormat:
             ),
             dtype=dtype,
             window=config.window,
+            window_dtype=torch.int8 if config.window_dtype == "int8" else dtype,
             lookahead=lookahead,
         )
 
@@ -191,7 +177,12 @@ class SparseFormat:
     @property
     def slot_bytes(self) -> int:
         """Bytes of one window slot in one KV head."""
-        return self.dense_token_bytes + TAG_BYTES
+        return 2 * self.head_size * self.window_dtype.itemsize + TAG_BYTES
+
+    @property
+    def slot_elements(self) -> int:
+        """The same in elements of :attr:`window_dtype`."""
+        return self.slot_bytes // self.window_dtype.itemsize
 
     @property
     def min_ring_slots(self) -> int:
@@ -271,9 +262,4 @@ class SparseFormat:
 
     def slots(self, window: torch.Tensor) -> WindowSlots:
         """Split window blocks (num_blocks, num_kv_heads, r, slot elements) into slot views."""
-        size = self.head_size
-        return WindowSlots(
-            key=window[..., :size],
-            value=window[..., size : 2 * size],
-            tag=window[..., 2 * size :].view(torch.int32)[..., 0],
-        )
+        return WindowSlots.of(window, self.head_size)

@@ -50,7 +50,7 @@ class _Pages(NixlBaseConnector):
         if role == KVConnectorRole.WORKER:
             specs = [group.kv_cache_spec for group in self._kv_cache_config.transfer_groups]
             rings = {
-                f"{spec.blocks_per_request}x{spec.num_states}"
+                f"{spec.blocks_per_request}x{spec.num_states}x{spec.state_content_bytes}"
                 for spec in specs
                 if isinstance(spec, RingSpec)
             }
