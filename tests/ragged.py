@@ -61,7 +61,10 @@ AXES: dict[str, tuple[Any, ...]] = {
         (24, 3, "int8"),
     ),
 }
-"""What the matrix varies; codecs and sparsities are (key, value), windows (tokens, lookahead, dtype)."""
+"""What the matrix varies.
+
+Codecs and sparsities are (key, value), a window is (window, lookahead, window_dtype).
+"""
 
 
 def pairwise(axes: dict[str, tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
