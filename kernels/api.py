@@ -324,7 +324,7 @@ def _check_step(
     )
     _check_indices(1, torch.int64, slot_mapping=batch.slot_mapping)
     if window is not None and not fmt.window:
-        raise ValueError("window is given: the format keeps no tokens dense, must be None")
+        raise ValueError("window is given: the format keeps no tokens whole, must be None")
 
 
 def _check_queries(

@@ -47,7 +47,7 @@ def test_inspect_says_what_vllm_will_plan(presets: None) -> None:
         states=0,
         calibration=found.calibration,
         caches=[
-            Cache("dense", "bfloat16", 90 * 256, 1.0, 128, 0, 0, 46592),
+            Cache("dense", "bfloat16", 90 * 256, 1.0, 128, 0, "bfloat16", 0, 46592),
             Cache(
                 "safe",
                 "keys fp8 pruned by 50%, values int4",
@@ -55,6 +55,7 @@ def test_inspect_says_what_vllm_will_plan(presets: None) -> None:
                 3.459,
                 64,
                 4 * (74 * 64 // 264),
+                "bfloat16",
                 90 * 4 * 64 * 74,
                 156330,
             ),
@@ -64,7 +65,8 @@ def test_inspect_says_what_vllm_will_plan(presets: None) -> None:
                 90 * (24 + 4 + 16 + 2),
                 5.565,
                 64,
-                6 * (46 * 64 // 264),
+                6 * (46 * 64 // 136),
+                "int8",
                 90 * 6 * 64 * 46,
                 247716,
             ),
@@ -119,9 +121,9 @@ def test_a_cache_too_small_for_one_request_is_said(presets: None) -> None:
 
 def test_the_report_is_aligned() -> None:
     caches = [
-        Cache("dense", "bfloat16", 2048, 1.0, 16, 0, 0, 1000),
-        Cache("balanced", "keys int4, values int3", 500, 4.096, 64, 70, 4500, 4100),
-        Cache("safe", "keys fp8", 600, 3.413, 64, 70, 4500, None),
+        Cache("dense", "bfloat16", 2048, 1.0, 16, 0, "bfloat16", 0, 1000),
+        Cache("balanced", "keys int4, values int3", 500, 4.096, 64, 112, "int8", 4500, 4100),
+        Cache("safe", "keys fp8", 600, 3.413, 64, 70, "bfloat16", 4500, None),
     ]
     layers = [Layers(4, None, 2, 64), Layers(20, 1024, 2, 64)]
     found = Inspection("a-model", "bfloat16", 8192, 3 << 29, layers, 2, 1, "/b.st", caches)
@@ -134,10 +136,10 @@ a-model, bfloat16, max_model_len 8,192
 
 calibration: /b.st
 
-preset      bytes/token  ratio  block  window  ring bytes  tokens  vs dense  stored
-dense             2,048  1.00x     16       0           0   1,000     1.00x  bfloat16
-balanced *          500  4.10x     64      70       4,500   4,100     4.10x  keys int4, values int3
-safe                600  3.41x     64      70       4,500       -            keys fp8
+preset      bytes/token  ratio  block       window  ring bytes  tokens  vs dense  stored
+dense             2,048  1.00x     16            0           0   1,000     1.00x  bfloat16
+balanced *          500  4.10x     64     112 int8       4,500   4,100     4.10x  keys int4, values int3
+safe                600  3.41x     64  70 bfloat16       4,500       -            keys fp8
 
 * the default. Bytes of all layers, without the window; ring bytes of a request; tokens in 1.5 GiB.
 - not one request of max_model_len: more --memory, less --max-model-len."""

@@ -86,8 +86,11 @@ def test_presets_are_described_as_they_are() -> None:
             for kind in ("key", "value")
             for sparsity in [preset[f"{kind}_sparsity"]]
         ]
+        window = f"{preset['window']}, {preset['window_dtype']}"
         assert re.search(
-            rf"^\| `{name}`[^|]*\| {stored[0]} \| {stored[1]} \|", SETTINGS, re.MULTILINE
+            rf"^\| `{name}`[^|]*\| {stored[0]} \| {stored[1]} \| {window} \|",
+            SETTINGS,
+            re.MULTILINE,
         )
 
 

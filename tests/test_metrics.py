@@ -84,6 +84,7 @@ def test_ranks_add_up(config: Any) -> None:
         "key_dtype": "int4",
         "value_dtype": "int3",
         "window": "64",
+        "window_dtype": "auto",
         "basis": "none",
         "basis_sha256": "None",
         "skip_layers": "(-1,)",

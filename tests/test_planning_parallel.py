@@ -150,7 +150,7 @@ def test_stages_of_a_pipeline_count_layers_of_the_whole_model(tmp_path):
 @pytest.mark.parametrize(
     ("field", "here", "there"),
     [
-        ("sparsekv.window", 64, 32),
+        ("sparsekv.window", 112, 32),
         ("sparsekv.value_dtype", "int3", "int2"),
         ("vllm.__version__", VLLM_VERSION, "0.31.0"),
         ("vllm_sparsekv.__version__", vllm_sparsekv.__version__, "0.0.9"),

@@ -71,7 +71,7 @@ class Method:
         key: what cached keys read back as; also gets the queries (num_heads, tokens, D).
         value: what cached values read back as.
         vector_bytes: bytes of one key plus one value vector of one KV head.
-        window: newest tokens that stay dense.
+        window: newest tokens that stay whole.
         held: what keys and values of the window read back as where they are not dense.
         slot_bytes: of one token and KV head there; None for those of a dense one.
         evaluation_only: true where the method cannot serve (it looks at the whole prompt).

@@ -1,1 +1,1 @@
-"""Paged attention over pruned history, the dense window and the step's own tokens."""
+"""Paged attention over pruned history, the window and the step's own tokens."""

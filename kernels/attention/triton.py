@@ -2,7 +2,7 @@
 
 One program attends with a tile of queries of one request and one KV head: the query heads that
 share the KV head are columns of one matrix product (GQA packed), tokens its rows. It walks its
-share of the pruned history tile by tile (``history.py``), the first split also the dense window and
+share of the pruned history tile by tile (``history.py``), the first split also the window and
 the step's own keys and values (``dense.py``), and leaves a softmax-weighted mean with its
 log-sum-exp; a second kernel merges the splits (``softmax.py``).
 """

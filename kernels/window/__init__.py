@@ -1,1 +1,1 @@
-"""Write a step's newest tokens into the dense window."""
+"""Write a step's newest tokens into the window."""

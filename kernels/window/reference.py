@@ -1,4 +1,4 @@
-"""Write the dense window in plain torch."""
+"""Write the window in plain torch."""
 
 from __future__ import annotations
 

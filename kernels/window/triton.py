@@ -1,4 +1,4 @@
-"""Write the dense window in Triton: one program per token and KV head."""
+"""Write the window in Triton: one program per token and KV head."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ class LayerCache:
     Attributes:
         format: how vectors are stored.
         basis: the basis they are stored in.
-        window: the layer's ring, or None without a dense window.
+        window: the layer's ring, or None without a window.
         last_reader: name of the last layer of a step that reads this cache; it fills the window.
         step: this step's keys and values in the basis, while other layers will read them.
     """

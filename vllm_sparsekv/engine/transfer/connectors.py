@@ -68,7 +68,7 @@ ORIGIN = "sparsekv_origin"
 """In ``kv_connector_extra_config``: what :func:`page_origin` returns."""
 
 MOVE_WINDOW = "move_window"
-"""In ``kv_connector_extra_config`` of NIXL's: whether a request's dense window is moved as well."""
+"""In ``kv_connector_extra_config`` of NIXL's: whether a request's window is moved as well."""
 
 STOCK_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 
