@@ -211,21 +211,37 @@ inline void encode_row(int storage, const float* x, int size, uint8_t* out) {
     }
 }
 
+// The next LANES of int8.
+inline F load_codes(const int8_t* p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    F out;
+    for (int lane = 0; lane < LANES; ++lane) out[lane] = p[lane];
+    return out;
+#endif
+}
+
 // A row of int8 to the model dtype, which holds it without loss; `size` is a multiple of 16.
 inline void convert_codes(const int8_t* codes, int size, int storage, uint8_t* out) {
-    const int bytes = storage_bits(storage) / 8;
-    for (int i = 0; i < size; i += LANES) {
-        SignedBytes some;
-        memcpy(&some, codes + i, sizeof some);
-        const F x = __builtin_convertvector(__builtin_convertvector(some, I), F);
-        if (storage == BFLOAT16) {
-            const Word halves = __builtin_convertvector(float_to_bits(x) >> 16, Word);
-            memcpy(out + i * bytes, &halves, sizeof halves);
-        } else {
-            float wide[LANES];
-            store(wide, x);
-            encode_row(storage, wide, LANES, out + i * bytes);
+    if (storage == BFLOAT16) {
+        for (int i = 0; i < size; i += LANES) {
+            const I upper = float_to_bits(load_codes(codes + i)) >> 16;
+#if defined(__AVX512F__)
+            _mm256_storeu_si256((__m256i*)(out + 2 * i), _mm512_cvtepi32_epi16((__m512i)upper));
+#else
+            const Word halves = __builtin_convertvector(upper, Word);
+            memcpy(out + 2 * i, &halves, sizeof halves);
+#endif
         }
+        return;
+    }
+    for (int i = 0; i < size; i += LANES) {
+        float wide[LANES];
+        store(wide, load_codes(codes + i));
+        encode_row(storage, wide, LANES, out + i * storage_bits(storage) / 8);
     }
 }
 

@@ -37,7 +37,7 @@ void fill(uint8_t* out, int storage, size_t n) {
 }
 
 struct Shape {
-    int head_size, group, block_size, window, model;
+    int head_size, group, block_size, window, window_bytes, model;
     VectorLayout key, value;
     int threads, sliding_window;
     float soft_cap;
@@ -47,7 +47,7 @@ struct Shape {
 // Writes a history of random lengths token by token, then attends and stores one ragged step.
 void run_batch(const Shape& shape) {
     const int kv_heads = 2, heads = kv_heads * shape.group, num_reqs = 4;
-    const Layout layout{shape.head_size, shape.model, shape.window, shape.key, shape.value};
+    const Layout layout{shape.head_size, shape.model, shape.window, shape.window_bytes, shape.key, shape.value};
     const int64_t tile = int64_t(shape.block_size) * layout.token_bytes();
     const int slots = 4, ring_blocks = (shape.window + slots - 1) / slots;
 
@@ -160,7 +160,8 @@ int main() {
             const VectorLayout key{survivors(stored, batches / 3 % 2 + 1), stored};
             const VectorLayout value{survivors(value_stored, batches / 2 % 3 + 1), value_stored};
             const int sliding_windows[] = {0, 1, 20, 0, 100};
-            run_batch({head_size, 1 + batches % 7, block_size, window, model, key, value, 1 + batches % 2,
+            const int window_bytes = batches / 3 % 2 ? 1 : storage_bits(model) / 8;
+            run_batch({head_size, 1 + batches % 7, block_size, window, window_bytes, model, key, value, 1 + batches % 2,
                        sliding_windows[batches % 5], batches % 3 == 1 ? 2.f : 0.f, batches % 4 > 1, batches % 3 != 0});
             ++batches;
         }
