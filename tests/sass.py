@@ -28,7 +28,12 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 OPTIONS = {"sliding_window", "soft_cap", "sinks"}
 ALIGNED = ":16"
 """Ends a type in a signature, as Triton's own ahead-of-time compiler has it."""
-MANGLED = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+MANGLED = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+}
 
 
 @dataclass(frozen=True)
@@ -147,7 +152,8 @@ def _argument_types(fmt: SparseFormat, launch: Launch) -> dict[str, Any]:
     model = "*" + MANGLED[fmt.dtype] + ALIGNED
     indices, stride = "*i32" + ALIGNED, "i32" + ALIGNED
     vectors = Vectors(model, stride, stride)
-    ring = Ring(model, "i32", "i32", "i32", indices, "i32", "i32", "i32", indices, "i32")
+    window = "*" + MANGLED[fmt.window_dtype] + ALIGNED
+    ring = Ring(window, "i32", "i32", "i32", indices, "i32", "i32", "i32", indices, "i32")
     partial = Partial("*fp32" + ALIGNED, "*fp32" + ALIGNED)
     return {
         **dict.fromkeys(("query", "key", "value", "out"), vectors),

@@ -122,7 +122,7 @@ def test_a_cache_too_small_for_one_request_is_said(presets: None) -> None:
 def test_the_report_is_aligned() -> None:
     caches = [
         Cache("dense", "bfloat16", 2048, 1.0, 16, 0, "bfloat16", 0, 1000),
-        Cache("balanced", "keys int4, values int3", 500, 4.096, 64, 112, "int8", 4500, 4100),
+        Cache("balanced", "int4, int3", 500, 4.096, 64, 112, "int8", 4500, 4100),
         Cache("safe", "keys fp8", 600, 3.413, 64, 70, "bfloat16", 4500, None),
     ]
     layers = [Layers(4, None, 2, 64), Layers(20, 1024, 2, 64)]
@@ -138,7 +138,7 @@ calibration: /b.st
 
 preset      bytes/token  ratio  block       window  ring bytes  tokens  vs dense  stored
 dense             2,048  1.00x     16            0           0   1,000     1.00x  bfloat16
-balanced *          500  4.10x     64     112 int8       4,500   4,100     4.10x  keys int4, values int3
+balanced *          500  4.10x     64     112 int8       4,500   4,100     4.10x  int4, int3
 safe                600  3.41x     64  70 bfloat16       4,500       -            keys fp8
 
 * the default. Bytes of all layers, without the window; ring bytes of a request; tokens in 1.5 GiB.

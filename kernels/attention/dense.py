@@ -38,13 +38,13 @@ def attend_ring(
     soft_cap,
     WINDOW: tl.constexpr,
     SLOTS_PER_BLOCK: tl.constexpr,
-    DENSE_TILE: tl.constexpr,
+    TILE: tl.constexpr,
     D: tl.constexpr,
 ):
     """Add the last WINDOW tokens of the history as far as the ring holds them."""
     element = tl.arange(0, q.shape[1])
-    for ring_start in tl.range(0, ring_slots, DENSE_TILE):
-        place = ring_start + tl.arange(0, DENSE_TILE)
+    for ring_start in tl.range(0, ring_slots, TILE):
+        place = ring_start + tl.arange(0, TILE)
         block = tl.load(ring.table + place // SLOTS_PER_BLOCK, mask=place < ring_slots, other=0)
         block = block.to(tl.int64)
         slot = place % SLOTS_PER_BLOCK
@@ -60,17 +60,17 @@ def attend_ring(
         k = tl.load(ring.start + source, mask=mask, other=0)
         v = tl.load(ring.start + D + source, mask=mask, other=0)
         units = scale
-        if k.dtype == tl.int8:
-            # Codes are exact in the model dtype; the values they stand for are rounded to it.
+        value_step = None
+        if k.dtype == tl.int8:  # the model dtype has codes without loss
             steps = tl.load(tag + 1, mask=usable, other=0)
             units = scale * (steps << 16).to(tl.float32, bitcast=True)[None, :]
-            v = v.to(tl.float32) * (steps & -0x10000).to(tl.float32, bitcast=True)[:, None]
+            value_step = (steps & -0x10000).to(tl.float32, bitcast=True)
             k = k.to(tl.float32).to(q.dtype)
-            v = v.to(q.dtype)
+            v = v.to(tl.float32).to(q.dtype)
         seen = usable[None, :]
         if oldest is not None:
             seen &= position[None, :] >= oldest.of_rows[:, None]
-        sums = _fold_dense(sums, q, k, v, seen, units, soft_cap)
+        sums = _fold_dense(sums, q, k, v, value_step, seen, units, soft_cap)
     return sums
 
 
@@ -118,14 +118,17 @@ def attend_step(
         seen = step[None, :] <= rows.local[:, None]
         if oldest is not None:
             seen &= context + step[None, :] >= oldest.of_rows[:, None]
-        sums = _fold_dense(sums, q, k, v, seen, scale, soft_cap)
+        sums = _fold_dense(sums, q, k, v, None, seen, scale, soft_cap)
     return sums
 
 
 @triton.jit
-def _fold_dense(sums, q, k, v, seen, scale, soft_cap):
-    """Add keys and values (n, PADDED) where ``seen``; it and scale broadcast to (ROWS, n)."""
+def _fold_dense(sums, q, k, v, value_step, seen, scale, soft_cap):
+    """Add keys and values (n, PADDED) where ``seen``; it and scale broadcast to (ROWS, n).
+
+    ``value_step`` (n,) is what values count in, or None.
+    """
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if soft_cap is not None:
         scores = cap(scores, soft_cap)
-    return fold(sums, tl.where(seen, scores, float("-inf")), v)
+    return fold(sums, tl.where(seen, scores, float("-inf")), v, value_step)

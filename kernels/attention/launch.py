@@ -22,7 +22,7 @@ MIN_TILES = tl.constexpr(4)
 MAX_ROWS = 32
 """Query rows of a program, unless one group of heads already has more."""
 DENSE_TILE = 32
-"""Window or step tokens read at once, half as many where registers are short."""
+"""Step tokens read at once, half as many where registers are short."""
 
 
 class Launch(NamedTuple):
@@ -140,6 +140,7 @@ def attend_constants(
     words = unpacks_words(fmt.head_size, fmt.dtype.itemsize, target)
     in_parts = words and launch.rows <= (16 if padded <= 128 else 8)
     part, rest = parts(fmt.head_size) if in_parts else (padded, 0)
+    dense_tile = DENSE_TILE // 2 if rest and launch.rows > 8 else DENSE_TILE
     return {
         "GROUP": group,
         "BLOCK_SIZE": block_size,
@@ -151,7 +152,9 @@ def attend_constants(
         "REST": rest,
         "ROWS": launch.rows,
         "TILE": launch.tile,
-        "DENSE_TILE": DENSE_TILE // 2 if rest and launch.rows > 8 else DENSE_TILE,
+        "DENSE_TILE": dense_tile,
+        # Codes of int8 take registers on their way to the model dtype.
+        "RING_TILE": DENSE_TILE // 2 if fmt.window_dtype == torch.int8 else dense_tile,
         **vectors(fmt, block_size),
         "WORDS": target if words else 0,
         "STAGES": 1,

@@ -28,16 +28,29 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
-def fold(sums, scores, v):
-    """Add values v (n, PADDED) with scores (ROWS, n) to a :class:`Softmax`."""
+def fold(sums, scores, v, step):
+    """Add values v (n, PADDED) with scores (ROWS, n) to a :class:`Softmax`.
+
+    ``step`` (n,) is what values count in, or None. Its power of two joins the scores before the
+    maximum is taken, so that weights fit float16.
+    """
+    if step is not None:
+        # Of 0, too: 2**-60 leaves room to take it back.
+        exponent = tl.maximum((step.to(tl.int32, bitcast=True) >> 23) - 127, -60).to(tl.float32)
+        scores += exponent[None, :]
     raised = tl.maximum(sums.maximum, tl.max(scores, axis=1))
     shift = tl.where(raised == float("-inf"), 0.0, raised)
     weights = tl.exp2(scores - shift[:, None])
     correction = tl.exp2(sums.maximum - shift)
-    total = sums.total * correction + tl.sum(weights, axis=1)
+    if step is None:
+        total = tl.sum(weights, axis=1)
+    else:
+        unscaled = tl.exp2(-exponent)
+        total = tl.sum(weights * unscaled[None, :], axis=1)
+        weights *= (step * unscaled)[None, :]
     weighted = sums.weighted * correction[:, None]
     weighted = tl.dot(weights.to(v.dtype), v, weighted, input_precision="ieee")
-    return Softmax(raised, total, weighted)
+    return Softmax(raised, sums.total * correction + total, weighted)
 
 
 @triton.jit

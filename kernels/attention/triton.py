@@ -203,6 +203,7 @@ def _attend(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     DENSE_TILE: tl.constexpr,
+    RING_TILE: tl.constexpr,
     K: tl.constexpr,
     K2: tl.constexpr,
     V: tl.constexpr,
@@ -281,7 +282,7 @@ def _attend(
                 soft_cap,
                 WINDOW,
                 SLOTS_PER_BLOCK,
-                DENSE_TILE,
+                RING_TILE,
                 D,
             )
         sums = attend_step(
