@@ -35,12 +35,15 @@ def answer(model: str, options: dict) -> dict:
     llm = LLM(
         model, max_model_len=2048, kv_cache_memory_bytes=CACHE_BYTES, enforce_eager=True, **options
     )
-    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    if llm.get_tokenizer().chat_template:
+        ask, prompts = llm.chat, [[{"role": "user", "content": q}] for q in QUESTIONS]
+    else:  # a base model goes on writing
+        ask, prompts = llm.generate, QUESTIONS
     try:
-        llm.chat(conversations, SamplingParams(max_tokens=2), use_tqdm=False)  # warm up
+        ask(prompts, SamplingParams(max_tokens=2), use_tqdm=False)  # warm up
         print("generating ...", flush=True)
         start = time.perf_counter()
-        outputs = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=128))
+        outputs = ask(prompts, SamplingParams(temperature=0, max_tokens=128))
         seconds = time.perf_counter() - start
     finally:
         llm.llm_engine.engine_core.shutdown()  # a pool's process ends only when its children have

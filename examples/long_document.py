@@ -33,10 +33,14 @@ def main() -> None:
         kv_cache_memory_bytes=2**30,
         enforce_eager=True,  # starts sooner
     )
+    params = SamplingParams(temperature=0, max_tokens=48)
     for question in QUESTIONS:
-        conversation = [{"role": "user", "content": f"{document}\n\nQuestion: {question}"}]
+        prompt = f"{document}\n\nQuestion: {question}"
         start = time.perf_counter()
-        [output] = llm.chat(conversation, SamplingParams(temperature=0, max_tokens=48))
+        if llm.get_tokenizer().chat_template:
+            [output] = llm.chat([{"role": "user", "content": prompt}], params)
+        else:  # a base model goes on writing
+            [output] = llm.generate(f"{prompt}\nAnswer:", params)
         seconds = time.perf_counter() - start
         print(f"\n> {question}\n{output.outputs[0].text}")
         print(

@@ -27,8 +27,11 @@ def main() -> None:
         kv_cache_memory_bytes=2**30,
         enforce_eager=True,  # starts sooner
     )
-    conversations = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    outputs = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=64))
+    params = SamplingParams(temperature=0, max_tokens=64)
+    if llm.get_tokenizer().chat_template:
+        outputs = llm.chat([[{"role": "user", "content": q}] for q in QUESTIONS], params)
+    else:  # a base model goes on writing
+        outputs = llm.generate(QUESTIONS, params)
     for question, output in zip(QUESTIONS, outputs, strict=True):
         print(f"\n> {question}\n{output.outputs[0].text}")
 

@@ -126,12 +126,12 @@ def test_policies_that_look_at_the_whole_text():
         ("nvfp4", 72 + 4.125),
         ("kvarn_k4v2_g128", 57 + 4.125 + 128 * (256 - 57) / 4096),
         ("2-of-4", 144 + 32 * 264 / 4096),
-        ("sparsekv-30-50-int4", 8 + 24 + 2 + 8 + 16 + 2 + 4.125),
-        ("sparsekv-50-auto", 144 + 4.125),
-        ("sparsekv-sparse-50", 80 + 4.125),
-        ("sparsekv-quality", 68 + 112 * 136 / 4096),
+        ("sparsekv-30-50-int4", 8 + 24 + 2 + 8 + 16 + 2 + 70 * 264 / 4096),
+        ("sparsekv-50-auto", 144 + 68 * 264 / 4096),
+        ("sparsekv-sparse-50", 80 + 76 * 264 / 4096),
+        ("sparsekv-quality", 68 + 128 * 136 / 4096),
         ("sparsekv-balanced", 60 + 112 * 136 / 4096),
-        ("sparsekv-capacity", 52 + 112 * 136 / 4096),
+        ("sparsekv-capacity", 52 + 144 * 136 / 4096),
     ],
 )
 def test_bytes_count_scales_bitmaps_and_the_window(name, size):

@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     for name, key_sparsity, key_dtype, value_sparsity, value_dtype, window, window_dtype in (
         ("quality", 0.0, "int4", 0.0, "int4", 112, "int8"),
         ("balanced", 0.0, "int4", 0.0, "int3", 112, "int8"),
-        ("capacity", 0.0, "int4_int2", 0.0, "int2", 112, "int8"),
+        ("capacity", 0.0, "int4_int2", 0.0, "int2", 126, "int8"),
         ("safe", 0.5, "fp8", 0.0, "int4", 64, "auto"),
         ("sparse-50", 0.5, "fp8", 0.5, "fp8", 64, "auto"),
         ("sparse-70", 0.7, "fp8", 0.7, "fp8", 64, "auto"),

@@ -6,14 +6,12 @@ import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import torch
 
 from quality.attention import RuleModel
-from quality.methods import DENSE, Method, sparse
-from vllm_sparsekv.format.layout import SparseFormat
+from quality.methods import DENSE, Method, as_served, sparse
 from vllm_sparsekv.settings import SparseKVConfig
 
 CHUNK = 64
@@ -70,10 +68,7 @@ def compare_routes(
     """
     config = SparseKVConfig.from_dict(settings)
     model = RuleModel(path, dtype)
-    # The engine's window fills the blocks it takes.
-    fmt = SparseFormat.from_config(config, model.head_size, dtype)
-    window = fmt.with_full_ring(fmt.default_block_size).window
-    method = sparse(replace(config, window=window), model.head_size, dtype)
+    method = sparse(as_served(config, model.head_size, dtype), model.head_size, dtype)
     lists = {name: tokens.tolist() for name, tokens in samples.items()}
     name = str(dtype).removeprefix("torch.")
     dense, tested = (

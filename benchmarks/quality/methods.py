@@ -169,6 +169,12 @@ def sparse(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Method
     return replace(layers[0], layers=layers)
 
 
+def as_served(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> SparseKVConfig:
+    """The same with the window of an engine, which fills the blocks it takes."""
+    fmt = SparseFormat.from_config(config, head_size, dtype)
+    return replace(config, window=fmt.with_full_ring(fmt.default_block_size).window)
+
+
 def _stored(fmt: SparseFormat, basis: Basis, settings: dict[str, Any]) -> Method:
     """What vectors read back as in one layer."""
 
@@ -335,7 +341,8 @@ def _ours(head_size: int, dtype: torch.dtype, basis: Path | None) -> dict[str, M
     """Presets and other settings, and those that a calibrated basis is for."""
 
     def ours(**settings: Any) -> Method:
-        return sparse(SparseKVConfig.from_dict(settings), head_size, dtype)
+        config = as_served(SparseKVConfig.from_dict(settings), head_size, dtype)
+        return sparse(config, head_size, dtype)
 
     calibrated = {
         f"sparsekv-{name}{CALIBRATED}": ours(**settings, basis=str(basis))

@@ -106,7 +106,12 @@ def _engine_for(length: int) -> dict[str, Any]:
     return {
         "attention_backend": "sparsekv",
         "additional_config": {
-            "sparsekv": {"preset": "capacity", "window": length, "basis": "none"}
+            "sparsekv": {
+                "preset": "capacity",
+                "window": length,
+                "window_dtype": "auto",
+                "basis": "none",
+            }
         },
         "worker_extension_cls": OBSERVER,
         "enforce_eager": True,
