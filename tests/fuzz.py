@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from compare import assert_same_bytes, attention_error
-from helpers import REFERENCE, CaseSpec, Ops, Request, build_case
+from helpers import REFERENCE, CaseSpec, Ops, Request
+from histories import build_case
 
 from vllm_sparsekv.format.basis import LayerBasis
 from vllm_sparsekv.format.basis_file import BasisFile, write_basis

@@ -1,4 +1,4 @@
-"""Layers and batches of whole steps, from the cases of ``helpers.py``."""
+"""Layers and batches of whole steps, from cases of ``histories.py``."""
 
 from __future__ import annotations
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_same_bytes
-from helpers import Case, CaseSpec, Request, build_case
+from helpers import Case, CaseSpec, Request
+from histories import build_case
 from layers import batch_of
 from ragged import batches
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from compare import assert_attention, assert_same_bytes, attention_error
-from helpers import REFERENCE, CaseSpec, Request, build_case
+from helpers import REFERENCE, CaseSpec, Request
+from histories import build_case
 from oracle import dense_attention
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CaseSpec, Request, build_case
+from helpers import CaseSpec, Request
+from histories import build_case
 
 from vllm_sparsekv.kernels import api
 from vllm_sparsekv.kernels.cpu import build, ops

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from compare import assert_attention, assert_same_bytes, attention_error
-from helpers import REFERENCE, Case, CaseSpec, Ops, Request, build_case
+from helpers import REFERENCE, Case, CaseSpec, Ops, Request
+from histories import build_case
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX, batches
 
 from vllm_sparsekv.format.codecs import CODECS

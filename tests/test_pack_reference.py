@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 from compare import assert_same_bytes
-from helpers import CaseSpec, Request, build_case
+from helpers import CaseSpec, Request
+from histories import build_case
 from hypothesis import given
 from hypothesis import strategies as st
 from oracle import pruned

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from compare import assert_same_bytes
-from helpers import REFERENCE, Ops, build_case
+from helpers import REFERENCE, Ops
+from histories import build_case
 from oracle import as_read, dense_attention, in_int8
 from ragged import RAGGED_MATRIX
 

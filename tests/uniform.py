@@ -9,7 +9,7 @@ import torch
 from compare import assert_attention
 from compare import assert_same_bytes as assert_same
 from helpers import REFERENCE, UNWRITTEN, CaseSpec, Ops, Request
-from helpers import build_case as build
+from histories import build_case as build
 
 ROWS = 3
 """Requests of the captured batch."""

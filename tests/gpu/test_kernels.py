@@ -11,7 +11,8 @@ import pytest
 import torch
 import uniform
 from compare import assert_attention, assert_same_bytes
-from helpers import REFERENCE, CaseSpec, Ops, Request, build_case
+from helpers import REFERENCE, CaseSpec, Ops, Request
+from histories import build_case
 from layers import layer_of
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX
 from steps import SPECS, assert_step

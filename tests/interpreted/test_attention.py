@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from compare import assert_attention
-from helpers import REFERENCE, CaseSpec, Ops, Request, build_case
+from helpers import REFERENCE, CaseSpec, Ops, Request
+from histories import build_case
 from ragged import RAGGED_MATRIX, SCORE_MATRIX, WHOLE_MATRIX, pairwise
 
 from vllm_sparsekv.kernels.attention import history

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 from compare import assert_attention, assert_same_bytes
-from helpers import REFERENCE, CaseSpec, Request, build_case
+from helpers import REFERENCE, CaseSpec, Request
+from histories import build_case
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,

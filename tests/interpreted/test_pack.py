@@ -7,7 +7,8 @@ from functools import partial
 import pytest
 import torch
 from compare import assert_same_bytes
-from helpers import REFERENCE, build_case
+from helpers import REFERENCE
+from histories import build_case
 from ragged import AXES, EMPTY, matrix, pairwise
 
 from vllm_sparsekv.format.feedback import feedback_matrix

@@ -8,7 +8,7 @@ import pytest
 import torch
 from compare import assert_attention, assert_same_bytes
 from helpers import REFERENCE, CaseSpec, Ops, Request
-from helpers import build_case as build
+from histories import build_case as build
 
 from vllm_sparsekv.kernels.attention.triton import sparse_attention
 from vllm_sparsekv.kernels.pack.triton import pack

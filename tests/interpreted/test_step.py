@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from compare import assert_same_bytes
-from helpers import CaseSpec, build_case
+from helpers import CaseSpec
+from histories import build_case
 from layers import layer_of
 from steps import SPECS, assert_step, run
 

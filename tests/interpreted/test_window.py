@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from compare import assert_same_bytes
-from helpers import REFERENCE, build_case
+from helpers import REFERENCE
+from histories import build_case
 from ragged import AXES, RAGGED_MATRIX, matrix
 
 from vllm_sparsekv.kernels.window.triton import write_window
