@@ -29,14 +29,14 @@ def times(median: float) -> dict[str, float]:
 
 def test_dry_run_of_the_kernels(tmp_path):
     output = tmp_path / "gpu.json"
-    # 6 tokens from pages of 64 + 2 and 16 + 32 + 2 bytes or of 48 + 4 and 48 + 2, 64 from slots of
-    # 520; 2 requests.
+    # Tokens from pages of 64 + 2 and 16 + 32 + 2 bytes or of 48 + 4 and 48 + 2, others from slots
+    # of 16 bits or of int8; 2 requests.
     bytes_read = {
-        "int4-0-50": 2 * (6 * (66 + 50) + 64 * 520),
-        "int4_int2-int3-0-0": 2 * (6 * (52 + 50) + 64 * 520),
+        "int4-0-50": 2 * (54 * (66 + 50) + 64 * 520),
+        "int4_int2-int3-0-0": 2 * (6 * (52 + 50) + 112 * 264),
     }
     command = [sys.executable, FOLDER, "--dry-run", "--parts", "decode", "--output", output]
-    command += ["--contexts", "70", "--batches", "2", "--caches", *bytes_read]
+    command += ["--contexts", "118", "--batches", "2", "--caches", *bytes_read]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

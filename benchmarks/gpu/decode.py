@@ -26,11 +26,11 @@ CACHES = {
     "int4-30-50": SparseKVConfig(0.3, 0.5, "int4", "int4", 64, "auto"),
     "int4-50-50": SparseKVConfig(0.5, 0.5, "int4", "int4", 64, "auto"),
     "int4-0-50": SparseKVConfig(0.0, 0.5, "int4", "int4", 64, "auto"),
-    "int4-0-0": SparseKVConfig(0.0, 0.0, "int4", "int4", 64, "auto"),
-    "int4-int3-0-0": SparseKVConfig(0.0, 0.0, "int4", "int3", 64, "auto"),
-    "int3-0-0": SparseKVConfig(0.0, 0.0, "int3", "int3", 64, "auto"),
-    "int4_int2-int3-0-0": SparseKVConfig(0.0, 0.0, "int4_int2", "int3", 64, "auto", basis="any"),
-    "int3-int2-0-0": SparseKVConfig(0.0, 0.0, "int3", "int2", 64, "auto"),
+    "int4-0-0": SparseKVConfig(0.0, 0.0, "int4", "int4", 112, "int8"),
+    "int4-int3-0-0": SparseKVConfig(0.0, 0.0, "int4", "int3", 112, "int8"),
+    "int3-0-0": SparseKVConfig(0.0, 0.0, "int3", "int3", 112, "int8"),
+    "int4_int2-int3-0-0": SparseKVConfig(0.0, 0.0, "int4_int2", "int3", 112, "int8", basis="any"),
+    "int3-int2-0-0": SparseKVConfig(0.0, 0.0, "int3", "int2", 112, "int8"),
 }
 """Codecs, then sparsity of keys and of values in percent; kernels read no basis."""
 DTYPE = torch.bfloat16
