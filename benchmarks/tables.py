@@ -76,6 +76,7 @@ METHODS = {
     "TurboQuant 3-bit": "turboquant-3",
     "**int3 keys and values**": "sparsekv-int3-int3-calibrated",
     "**preset capacity**": "sparsekv-capacity-calibrated",
+    "capacity, window of 64 in 16 bits": "sparsekv-capacity-window-16-bit-calibrated",
     "H2O, a fifth of all tokens": "h2o-20",
     "H2O on sparse-50": "h2o-20-sparsekv-sparse-50",
     "H2O on balanced": "h2o-20-sparsekv-balanced-calibrated",

@@ -87,8 +87,7 @@ def test_rows_of_calibrated_presets(basis):
         build_methods(SHAPE, torch.bfloat16),
         build_methods(SHAPE, torch.bfloat16, basis=basis),
     )
-    sixteen = ("balanced-window-16-bit", "capacity-window-16-bit")
-    others = (*sixteen, "int4_int2-int3", "int3-int3", "pruned")
+    others = ("capacity-window-16-bit", "int4_int2-int3", "int3-int3", "pruned")
     integer = [name for name in PRESETS if not name.startswith("sparse-")]
     added = {f"sparsekv-{name}-calibrated" for name in (*integer, *others)}
     assert methods.keys() - plain.keys() == added | {"h2o-20-sparsekv-balanced-calibrated"}

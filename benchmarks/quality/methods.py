@@ -348,9 +348,9 @@ def _ours(head_size: int, dtype: torch.dtype, basis: Path | None) -> dict[str, M
         f"sparsekv-{name}{CALIBRATED}": ours(**settings, basis=str(basis))
         for name, settings in (
             *((name, {"preset": name}) for name in PRESETS if _is_integer(PRESETS[name])),
-            *(
-                (f"{name}-window-16-bit", {"preset": name, "window": 64, "window_dtype": "auto"})
-                for name in ("balanced", "capacity")
+            (
+                "capacity-window-16-bit",
+                {"preset": "capacity", "window": 64, "window_dtype": "auto"},
             ),
             ("int4_int2-int3", {"key_dtype": "int4_int2"}),
             ("int3-int3", {"key_dtype": "int3", "value_dtype": "int3"}),
