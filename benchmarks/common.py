@@ -15,8 +15,6 @@ from typing import Any
 
 import torch
 
-from vllm_sparsekv.kernels.cpu import build, ops
-
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
     """Median, p20 and p80 of repeated measurements, in their own unit."""
@@ -67,27 +65,6 @@ def run_engines_here() -> None:
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0)))),
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
     }
-
-
-def limit_to_avx2() -> None:
-    """Have torch, vLLM and our kernels do as on a machine that has no more than AVX2.
-
-    To be called before any of them computes and before vLLM is imported.
-
-    Raises:
-        RuntimeError: it was too late.
-    """
-    os.environ |= {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-    }
-    for name in ("avx512", "avx512_bf16", "vnni", "amx_tile", "amx_fp16"):
-        setattr(torch.cpu, f"_is_{name}_supported", lambda: False)
-    isas = [isa for isa in build.supported_isas() if isa in ("avx2", "portable")]
-    build.supported_isas = ops.supported_isas = lambda: isas
-    if (capability := torch.backends.cpu.get_cpu_capability()) != "AVX2":
-        raise RuntimeError(f"torch computes with {capability} already")
 
 
 def save(path: Path, content: Any) -> None:

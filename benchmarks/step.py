@@ -12,12 +12,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from pathlib import Path
 from typing import Any
 
-from common import limit_to_avx2, machine, run_engines_here, save, summary
+import torch
+from common import machine, run_engines_here, save, summary
+
+from vllm_sparsekv.kernels.cpu import build, ops
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -104,6 +108,27 @@ def first_token(engines: list[Engine], context: int, rounds: int) -> dict[str, A
             times[index].append(engines[index].start(1, context, seed=round))
             engines[index].stop()
     return in_turns(*times)
+
+
+def limit_to_avx2() -> None:
+    """Have torch, vLLM and our kernels do as on a machine that has no more than AVX2.
+
+    To be called before any of them computes and before vLLM is imported.
+
+    Raises:
+        RuntimeError: it was too late.
+    """
+    os.environ |= {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+    }
+    for name in ("avx512", "avx512_bf16", "vnni", "amx_tile", "amx_fp16"):
+        setattr(torch.cpu, f"_is_{name}_supported", lambda: False)
+    isas = [isa for isa in build.supported_isas() if isa in ("avx2", "portable")]
+    build.supported_isas = ops.supported_isas = lambda: isas
+    if (capability := torch.backends.cpu.get_cpu_capability()) != "AVX2":
+        raise RuntimeError(f"torch computes with {capability} already")
 
 
 def main() -> None:

@@ -34,10 +34,11 @@ def main() -> None:
         enforce_eager=True,  # starts sooner
     )
     params = SamplingParams(temperature=0, max_tokens=48)
+    chats = llm.get_tokenizer().chat_template is not None
     for question in QUESTIONS:
         prompt = f"{document}\n\nQuestion: {question}"
         start = time.perf_counter()
-        if llm.get_tokenizer().chat_template:
+        if chats:
             [output] = llm.chat([{"role": "user", "content": prompt}], params)
         else:  # a base model goes on writing
             [output] = llm.generate(f"{prompt}\nAnswer:", params)

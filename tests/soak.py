@@ -34,7 +34,7 @@ STEP_TOKENS = 64
 REQUESTS_IN_CACHE = 3
 SETTINGS = {"basis": "none", "preset": "balanced"}
 CACHE_BYTES = REQUESTS_IN_CACHE * 4_500_000
-"""A request of the demo model: 5,400 bytes for each of 512 tokens, 1,728,000 for its window."""
+"""A request of the demo model: 5,400 bytes for each of 512 tokens, 1,382,400 for its window."""
 GROWTH = 48 << 20
 """Bytes by which resident memory may grow in the last quarter: allocators' slack."""
 PROMPT = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is"

@@ -6,7 +6,7 @@ import pytest
 import torch
 from compare import assert_same_bytes
 from helpers import REFERENCE, Ops
-from histories import build_case
+from histories import build_case, poisoned
 from oracle import as_read, dense_attention, in_int8
 from ragged import RAGGED_MATRIX
 
@@ -28,7 +28,7 @@ def make_format(window: int = 24, lookahead: int = 0, codec: str = "auto") -> Sp
 
 def empty_ring(fmt: SparseFormat, r: int) -> torch.Tensor:
     """Window blocks as a request finds them, tags 0; the vectors are poison."""
-    window = torch.full((13, H, r, fmt.slot_elements), torch.nan)
+    window = poisoned((13, H, r, fmt.slot_elements), fmt.window_dtype)
     fmt.slots(window).tag.zero_()
     return window
 

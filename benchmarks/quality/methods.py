@@ -32,7 +32,7 @@ from quality.rivals import (
 from vllm_sparsekv.format.basis import Basis, change
 from vllm_sparsekv.format.basis_file import BasisFile
 from vllm_sparsekv.format.layout import SparseFormat
-from vllm_sparsekv.format.window import TAG_BYTES, to_int8
+from vllm_sparsekv.format.window import TAG_BYTES, from_int8, to_int8
 from vllm_sparsekv.kernels.pack.reference import pack_vectors, unpack_vectors
 from vllm_sparsekv.settings import PRESETS, SparseKVConfig
 
@@ -178,23 +178,28 @@ def as_served(config: SparseKVConfig, head_size: int, dtype: torch.dtype) -> Spa
 def _stored(fmt: SparseFormat, basis: Basis, settings: dict[str, Any]) -> Method:
     """What vectors read back as in one layer."""
 
+    def restored_key(stored: torch.Tensor) -> Vectors:
+        back = None if basis.query is None else basis.query.mT
+        return change(stored, back, plus=basis.key_mean).transpose(0, 1)
+
+    def restored_value(stored: torch.Tensor) -> Vectors:
+        return basis.restored(stored).transpose(0, 1)
+
     def key(x: Vectors, query: torch.Tensor) -> Vectors:
         packed = pack_vectors(basis.stored_key(x.transpose(0, 1)), fmt.key, basis.key_feedback)
-        back = None if basis.query is None else basis.query.mT
-        stored = unpack_vectors(*packed, fmt.key)
-        return change(stored, back, plus=basis.key_mean).transpose(0, 1)
+        return restored_key(unpack_vectors(*packed, fmt.key))
 
     def value(x: Vectors) -> Vectors:
         stored = basis.stored_value(x.transpose(0, 1))
         packed = pack_vectors(stored, fmt.value, basis.value_feedback)
-        return basis.restored(unpack_vectors(*packed, fmt.value)).transpose(0, 1)
+        return restored_value(unpack_vectors(*packed, fmt.value))
 
     def held(k: Vectors, v: Vectors) -> tuple[Vectors, Vectors]:
-        stored_key = _in_int8(basis.stored_key(k.transpose(0, 1)))
-        stored_value = _in_int8(basis.stored_value(v.transpose(0, 1)))
-        back = None if basis.query is None else basis.query.mT
-        restored_key = change(stored_key, back, plus=basis.key_mean)
-        return restored_key.transpose(0, 1), basis.restored(stored_value).transpose(0, 1)
+        stored_key, stored_value = (
+            from_int8(*to_int8(x))
+            for x in (basis.stored_key(k.transpose(0, 1)), basis.stored_value(v.transpose(0, 1)))
+        )
+        return restored_key(stored_key), restored_value(stored_value)
 
     return Method(
         key=key,
@@ -205,11 +210,6 @@ def _stored(fmt: SparseFormat, basis: Basis, settings: dict[str, Any]) -> Method
         held=held if fmt.window_dtype == torch.int8 else None,
         slot_bytes=fmt.slot_bytes,
     )
-
-
-def _in_int8(x: torch.Tensor) -> torch.Tensor:
-    codes, step = to_int8(x)
-    return codes.float() * step.float().unsqueeze(-1)
 
 
 def edges_dense(method: Method, num_layers: int, dense_bytes: int, edge: int = 2) -> Method:

@@ -157,7 +157,7 @@ class Worker {
         if (layout_.window_bytes != 1) return add_dense(slot, value, position);
         const uint8_t* steps = value + layout_.slot_row_bytes() + sizeof(int32_t);
         folding_.add_codes(reinterpret_cast<const int8_t*>(slot), reinterpret_cast<const int8_t*>(value),
-                           load_bfloat16(steps), load_bfloat16(steps + 2), batch_);
+                           one_value(BFLOAT16, steps), one_value(BFLOAT16, steps + 2), batch_);
         add_position(position);
     }
 

@@ -61,7 +61,8 @@ def attend_ring(
         v = tl.load(ring.start + D + source, mask=mask, other=0)
         units = scale
         value_step = None
-        if k.dtype == tl.int8:  # the model dtype has codes without loss
+        if k.dtype == tl.int8:
+            # The model dtype has codes without loss; the interpreter only gets there by float32.
             steps = tl.load(tag + 1, mask=usable, other=0)
             units = scale * (steps << 16).to(tl.float32, bitcast=True)[None, :]
             value_step = (steps & -0x10000).to(tl.float32, bitcast=True)

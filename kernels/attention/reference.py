@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 
 from vllm_sparsekv.format.layout import SparseFormat
+from vllm_sparsekv.format.window import from_int8
 from vllm_sparsekv.kernels.pack.reference import unpack_vectors
 
 TILE_ELEMENTS = 1 << 22
@@ -181,7 +182,7 @@ def _attend_window(
     """Fold in the ring; returns its usable tags (R, H, ring), 0 where a slot is not usable."""
     slots = fmt.slots(window)
     # Blocks (R, m, H, r, ...) to one ring (R, H, m * r, ...).
-    key, value, tag, *steps = (
+    key, value, tag, key_step, value_step = (
         None if slot is None else slot[block_table].transpose(1, 2).flatten(2, 3) for slot in slots
     )
     position = tag.long() - 1
@@ -189,11 +190,9 @@ def _attend_window(
     in_window = (position >= context - fmt.window) & (position >= 0) & (position < context)
     in_place = position % tag.shape[-1] == torch.arange(tag.shape[-1], device=tag.device)
     usable = in_window & in_place
-    key, value = (
-        x.float() if step is None else x.float() * step.float().unsqueeze(-1)
-        for x, step in zip((key, value), steps, strict=True)
-    )
-    softmax.add(key, value.masked_fill(~usable.unsqueeze(-1), 0), position, usable)
+    if key_step is not None:
+        key, value = from_int8(key, key_step), from_int8(value, value_step)
+    softmax.add(key.float(), value.float().masked_fill(~usable.unsqueeze(-1), 0), position, usable)
     return tag.long() * usable
 
 

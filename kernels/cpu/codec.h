@@ -27,12 +27,6 @@ inline To bit_cast(From x) {
 
 inline float bfloat16_to_float(uint16_t x) { return bit_cast<float>(uint32_t(x) << 16); }
 
-inline float load_bfloat16(const uint8_t* p) {
-    uint16_t x;
-    memcpy(&x, p, sizeof x);
-    return bfloat16_to_float(x);
-}
-
 // Both small formats share one scheme: move exponent and mantissa into place, change the bias, and
 // let a subtraction normalise what was subnormal.
 inline float float16_to_float(uint16_t x) {

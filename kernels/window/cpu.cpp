@@ -1,6 +1,7 @@
 // Copies each request's newest tokens of this step into its ring; reference.py says which.
 
 #include "../cpu/encode.h"
+#include "../cpu/scratch.h"
 #include "window.h"
 
 namespace sparsekv::SPARSEKV_ISA {

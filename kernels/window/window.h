@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../cpu/layout.h"
-#include "../cpu/scratch.h"
 #include "../cpu/step_batch.h"
 
 namespace sparsekv::SPARSEKV_ISA {

@@ -22,13 +22,7 @@ SMALL = matrix(
         "block_size": (16,),
         "codecs": (("auto", "auto"), ("int4", "int4")),
         "sparsities": ((0.5, 0.5),),
-        "window": (
-            (64, 0, "auto"),
-            (24, 0, "auto"),
-            (64, 3, "auto"),
-            (64, 0, "int8"),
-            (24, 3, "int8"),
-        ),
+        "window": tuple(window for window in AXES["window"] if window[0]),
     }
 )
 LARGE_BLOCKS = tuple(

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
-
 from vllm_sparsekv.engine.admission import drafter_settings, layer_format, logger, settings_of
 from vllm_sparsekv.engine.backend import SparseKVBackend
 from vllm_sparsekv.engine.compat import VllmConfig, has_drafter, state_pages
@@ -50,7 +48,7 @@ def lines(
             f"{_vectors(asked, fmt)}; {heads * fmt.token_bytes} bytes per token and layer against "
             f"{heads * fmt.dense_token_bytes} dense "
             f"({fmt.dense_token_bytes / fmt.token_bytes:.2f}x); "
-            f"window {fmt.window} tokens{' of int8' if fmt.window_dtype == torch.int8 else ''} "
+            f"window {fmt.window} tokens{' of int8' if asked.window_dtype == 'int8' else ''} "
             f"({asked.window} asked); block size {block_size}"
         )
     if len(owners) < len(sparse):

@@ -63,3 +63,8 @@ def to_int8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     step = step.masked_fill(~largest.isfinite(), torch.nan)
     codes = (x / step).nan_to_num(0, 0, 0).round().clamp(-LARGEST, LARGEST)
     return codes.to(torch.int8), step.squeeze(-1).to(torch.bfloat16)
+
+
+def from_int8(codes: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    """What :func:`to_int8` gives -> (..., D) float32."""
+    return codes.float() * step.float().unsqueeze(-1)
