@@ -143,10 +143,11 @@ inline float largest(F x) {
 }
 #endif
 
-// 2^x for x <= 0, relative error below 1e-7; next to 0 below -126, NaN stays NaN.
+// 2^x for x <= 0, relative error below 1e-7; 0 below -126, NaN stays NaN. Nothing here underflows, which
+// costs some processors hundreds of cycles.
 inline F exp2(F x) {
 #if defined(__AVX512F__)
-    x = _mm512_max_ps(_mm512_set1_ps(-200), x);
+    const __mmask16 normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126), _CMP_NLT_UQ);
     const F integer = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     const F f = x - integer;
 #else
@@ -161,7 +162,7 @@ inline F exp2(F x) {
     p = p * f + 6.931471880e-1f;
     p = p * f + 1.f;
 #if defined(__AVX512F__)
-    return _mm512_scalef_ps(p, integer);
+    return _mm512_maskz_scalef_ps(normal, p, integer);
 #else
     // The lowest 9 bits of ROUND are 0, so that those of `shifted` are the integer's.
     return x < -126.f ? F{} : p * bits_to_float((float_to_bits(shifted) + 127) << 23);
