@@ -203,6 +203,14 @@ class Case:
     @cached_property
     def expected(self) -> torch.Tensor:
         """(num_tokens, num_heads, D) float64 on the CPU: the attention rule, densely."""
+        return self._attended(lambda values: values)
+
+    @cached_property
+    def magnitudes(self) -> torch.Tensor:
+        """As ``expected``, of absolute values: what relative errors of weights add up to at most."""
+        return self._attended(torch.abs)
+
+    def _attended(self, of_values: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
         rows = [torch.empty(0, *self.query.shape[1:], dtype=torch.float64)]
         start = 0
         for request, key, value in zip(self.spec.requests, self.keys, self.values, strict=True):
@@ -213,7 +221,7 @@ class Case:
                 dense_attention(
                     query,
                     as_read(key, self.fmt.key, *held, self.spec.window_dtype),
-                    as_read(value, self.fmt.value, *held, self.spec.window_dtype),
+                    of_values(as_read(value, self.fmt.value, *held, self.spec.window_dtype)),
                     self.scale,
                     self.spec.sliding_window,
                     self.spec.soft_cap,

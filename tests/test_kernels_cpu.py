@@ -18,6 +18,8 @@ from vllm_sparsekv.format.codecs import CODECS
 from vllm_sparsekv.kernels.cpu import ops
 
 NATIVE = Ops(ops.pack, ops.sparse_attention, ops.write_window)
+MATRIX_ROWS = 17
+"""Query rows of a unit from which on keys are multiplied as matrices."""
 STORED = [("auto", torch.float32), ("auto", torch.bfloat16), ("auto", torch.float16)] + [
     (codec, torch.bfloat16) for codec in ("fp8", "int4", "int3", "int2", "int4_int2")
 ]
@@ -39,6 +41,14 @@ def reference_case(spec: CaseSpec) -> Case:
 @functools.cache
 def reference_error(spec: CaseSpec) -> float:
     return attention_error(reference_case(spec))
+
+
+def multiplies_tiles(spec: CaseSpec, isa: str) -> bool:
+    """Whether attention takes ``kernels/attention/tiles.h``."""
+    rows = spec.group * max((request.query for request in spec.requests), default=0)
+    multiple = 64 if spec.key_dtype == "int4_int2" else 32
+    fits = spec.dtype == torch.bfloat16 and spec.head_size % multiple == 0
+    return isa == "amx" and fits and rows >= MATRIX_ROWS
 
 
 def assert_same_memory(case: Case, expected: Case) -> None:
@@ -64,8 +74,9 @@ def test_ragged_matrix(spec, isa):
     assert_same_memory(build_case(spec, NATIVE), case)
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        # Products of bfloat16 add two rounded parts of each weight.
-        assert_attention(case, NATIVE, slack=6e-6 if isa in ("amx", "avx512_bf16") else 3e-6)
+        # Products of bfloat16 add two rounded parts of each weight, or round it, by tiles of AMX.
+        slack = 6e-6 if isa in ("amx", "avx512_bf16") else 3e-6
+        assert_attention(case, NATIVE, slack, multiplies_tiles(spec, isa))
         # Root mean squares of the errors are up to 1.9 times the reference's own, whose order of
         # sums depends on the machine, and the largest is chance; and two roundings.
         budget = 4 * reference_error(spec) + 2 * torch.finfo(torch.float32).eps

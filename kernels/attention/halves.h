@@ -15,9 +15,6 @@ constexpr int TILE = 16;         // rows that are multiplied together, and pairs
 constexpr int PAIRS_DEPTH = 32;  // elements of as many pairs
 constexpr int PAIR_BATCH = 128;  // keys attended together
 
-// Where the 16 x 16 pairs of elements d to d + 31 and 16 keys lie, pair after pair.
-constexpr int column_tile(int key, int d) { return d / 2 * PAIR_BATCH + key * TILE; }
-
 // For each zero of a scale (codec.h) and each of the codes 0 .. 2^BITS - 1, repeated, the distance of
 // the two in bfloat16.
 template <int BITS>

@@ -1,13 +1,15 @@
-// As fold.h, for many query rows of bfloat16 models, where processors multiply pairs of bfloat16: 16 rows
-// of the query at a time, by tiles.h or dots.h.
+// As fold.h, for many query rows of bfloat16 models, where processors multiply pairs of bfloat16, by tiles.h
+// or dots.h: 16 rows of the query at a time, one a lane, so that softmax never sums over lanes.
 //
-// Nothing is rounded that fold.h does not round: queries, keys and values are bfloat16 without loss
-// (halves.h), and weights are a sum of two bfloat16 numbers. Products are summed in float32.
+// Queries, keys and values are bfloat16 without loss (halves.h), and weights are a sum of PARTS bfloat16
+// numbers: of two they lose next to nothing; of one, where a product costs more, they are what vLLM's own
+// attention rounds them to. Products are summed in float32.
 #pragma once
 
 #include "dots.h"
 #include "fold.h"
 #include "tiles.h"
+#include "turn.h"
 
 #if defined(__AVX512BF16__)
 
@@ -29,13 +31,15 @@ class PairFold {
 
     void carve(Carver& carver) {
         const int rows = round_up(plan_.rows, TILE);
-        query_ = carver.take<uint16_t>(rows * size_);
+        rows_of_query_ = carver.take<uint16_t>(rows * size_);
+        query_ = carver.take<uint32_t>(rows * size_ / 2);
         result = Accumulator(carver.take<float>(Accumulator::floats(rows, size_)), rows);
-        scores_ = carver.take<float>(TILE * BATCH);
-        other_scores_ = carver.take<float>(TILE * BATCH);
-        columns_ = carver.take<uint32_t>(BATCH * size_ / 2);
-        for (uint16_t*& weights : weights_) weights = carver.take<uint16_t>(TILE * BATCH);
-        pairs_ = carver.take<uint32_t>(BATCH / 2 * size_);
+        weighted_ = carver.take<float>(rows * size_);
+        seen_ = carver.take<Visible>(rows);
+        scores_ = carver.take<float>(BATCH * TILE);
+        other_scores_ = carver.take<float>(BATCH * TILE);
+        for (int part = 0; part < PARTS; ++part) weights_[part] = carver.take<uint32_t>(BATCH / 2 * TILE);
+        values_ = carver.take<uint16_t>(size_ * BATCH);
         key_units_ = carver.take<float>(BATCH);
         key_.carve(carver, BATCH, size_, layout_.key);
         value_.carve(carver, BATCH, size_, layout_.value);
@@ -45,14 +49,26 @@ class PairFold {
 
     template <class Query>
     void begin(int queries, Query query) {
-        rows_ = queries * plan_.group;
-        result.clear(rows_, size_);
-        Products::begin(rows_ < TILE ? rows_ : TILE);
         const int width = plan_.group * size_;
-        for (int i = 0; i < queries; ++i) memcpy(query_ + i * width, query(i), width * sizeof(uint16_t));
+        queries_ = queries;
+        rows_ = queries * plan_.group;
+        result.clear(round_up(rows_, TILE), size_);
+        has_folded_ = false;
+        for (int i = 0; i < queries; ++i) memcpy(rows_of_query_ + i * width, query(i), width * sizeof(uint16_t));
+        memset(rows_of_query_ + rows_ * size_, 0, (round_up(rows_, TILE) - rows_) * size_ * sizeof(uint16_t));
+        for (int row = 0; row < rows_; row += TILE)
+            for (int d = 0; d < size_; d += PAIRS_DEPTH)
+                turn16(rows_of_query_ + row * size_ + d, size_ / 2, query_ + (row * size_ + d * TILE) / 2, TILE);
+        Products::begin();
     }
 
-    void end() { Products::end(); }
+    void end() {
+        Products::end();
+        if (!has_folded_) return;
+        for (int row = 0; row < rows_; row += TILE)
+            for (int d = 0; d < size_; d += TILE)
+                turn16(weighted_ + row * size_ + d * TILE, TILE, result.weighted + row * size_ + d, size_);
+    }
 
     void add_run(const Tile<const uint8_t>& tile, int first, int count, int n, bool, Ahead& ahead) {
         ahead.fetch(2 * count);
@@ -73,103 +89,30 @@ class PairFold {
     template <class Seen>
     void fold(int n, bool, Seen visible, Ahead&) {
         const float scale = plan_.call.scale * LOG2_E;
-        for (int i = 0; i < BATCH; i += LANES)
+        const int padded = round_up(n, PAIRS_DEPTH);
+        if (!has_folded_) memset(weighted_, 0, round_up(rows_, TILE) * size_ * sizeof(float));
+        has_folded_ = true;
+        for (int i = 0; i < queries_; ++i) seen_[i] = visible(i);
+        for (int i = 0; i < padded; i += LANES)
             store(key_units_ + i, key_.bands == 2 ? broadcast(scale) : load(key_.units[0] + i) * scale);
-        memset(value_.rows + n * size_, 0, (round_up(n, PAIRS_DEPTH) - n) * size_ * sizeof(uint16_t));
-        pair_values(n);
-        turn_keys(n);
+        for (int i = n; i < padded; ++i) value_.units[0][i] = 0;
+        memset(value_.rows + n * size_, 0, (padded - n) * size_ * sizeof(uint16_t));
+        turn_values(padded);
         for (int row = 0; row < rows_; row += TILE) {
-            score(row, n);
-            weigh(row, n, visible);
-            Products::add(weights_[0], weights_[1], rows_from(row), pairs_, n, size_, result.weighted + row * size_);
+            score(row, padded);
+            if (plan_.call.soft_cap == 0) weigh<false>(row, padded);
+            else weigh<true>(row, padded);
+            Products::multiply(values_, BATCH, size_, weights_, padded, weighted_ + row * size_, true);
         }
     }
 
     Accumulator result{nullptr, 0};
 
   private:
-    // To pairs of the keys' elements, see column_tile().
-    void turn_keys(int n) {
-        for (int i = 0; i < n; i += TILE)
-            for (int d = 0; d < size_; d += PAIRS_DEPTH)
-                transpose16(key_.rows + i * size_ + d, size_, columns_ + column_tile(i, d));
-    }
+    static constexpr int PARTS = Products::PARTS;
 
-    // 16 rows of 16 pairs.
-    static void transpose16(const uint16_t* rows, int stride, uint32_t* out) {
-        __m512i a[TILE], b[TILE];
-        for (int i = 0; i < TILE; ++i) a[i] = _mm512_loadu_si512(rows + i * stride);
-        for (int i = 0; i < TILE; i += 2) {
-            b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-            b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-        }
-        for (int i = 0; i < TILE; i += 4)
-            for (int j = 0; j < 2; ++j) {
-                a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-            }
-        // a[4 i + j] has columns j, j + 4, j + 8, j + 12 of rows 4 i to 4 i + 3.
-        for (int j = 0; j < 4; ++j) {
-            const __m512i low = _mm512_shuffle_i32x4(a[j], a[j + 4], 0x88), high = _mm512_shuffle_i32x4(a[j], a[j + 4], 0xdd);
-            const __m512i low2 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0x88);
-            const __m512i high2 = _mm512_shuffle_i32x4(a[j + 8], a[j + 12], 0xdd);
-            _mm512_storeu_si512(out + j * TILE, _mm512_shuffle_i32x4(low, low2, 0x88));
-            _mm512_storeu_si512(out + (j + 4) * TILE, _mm512_shuffle_i32x4(high, high2, 0x88));
-            _mm512_storeu_si512(out + (j + 8) * TILE, _mm512_shuffle_i32x4(low, low2, 0xdd));
-            _mm512_storeu_si512(out + (j + 12) * TILE, _mm512_shuffle_i32x4(high, high2, 0xdd));
-        }
-    }
-
-    // Scores of 16 rows of the query and n keys, without units where the keys have one band.
-    void score(int row, int n) {
-        const int depth = size_ / key_.bands;
-        score_band(row, n, 0, depth, scores_);
-        if (key_.bands == 1) return;
-        score_band(row, n, depth, size_, other_scores_);
-        for (int i = 0; i < TILE * BATCH; i += LANES) {
-            const F units = load(key_.units[0] + i % BATCH), others = load(key_.units[1] + i % BATCH);
-            store(scores_ + i, load(scores_ + i) * units + load(other_scores_ + i) * others);
-        }
-    }
-
-    void score_band(int row, int n, int first, int last, float* scores) {
-        Products::score(query_ + row * size_, size_, rows_from(row), columns_, n, first, last, scores);
-    }
-
-    // Of a tile.
-    int rows_from(int row) const { return rows_ - row < TILE ? rows_ - row : TILE; }
-
-    // Scores to weights in two parts, of 16 rows; those past the n keys are 0.
-    template <class Seen>
-    void weigh(int first, int n, Seen visible) {
-        const float soft_cap = plan_.call.soft_cap * LOG2_E;
-        __mmask16 keys[BATCH / LANES];
-        for (int i = 0; i < BATCH / LANES; ++i) {
-            const int left = n - i * LANES;
-            keys[i] = static_cast<__mmask16>(left >= LANES ? 0xffff : left > 0 ? (1 << left) - 1 : 0);
-        }
-        for (int row = first; row < first + TILE && row < rows_; ++row) {
-            float* scores = scores_ + (row - first) * BATCH;
-            const Visible seen = visible(row / plan_.group);
-            result.weigh(scores, row, seen, n, size_, key_units_, value_.units[0], soft_cap);
-            for (int i = 0; i < round_up(n, PAIRS_DEPTH); i += 2 * LANES) {
-                const F low = _mm512_maskz_loadu_ps(keys[i / LANES], scores + i);
-                const F high = _mm512_maskz_loadu_ps(keys[i / LANES + 1], scores + i + LANES);
-                const __m512i main = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-                const __m512i rest = (__m512i)_mm512_cvtne2ps_pbh(
-                    high - widen(_mm512_extracti64x4_epi64(main, 1)), low - widen(_mm512_castsi512_si256(main)));
-                _mm512_storeu_si512(weights_[0] + (row - first) * BATCH + i, main);
-                _mm512_storeu_si512(weights_[1] + (row - first) * BATCH + i, rest);
-            }
-        }
-    }
-
-    static F widen(__m256i halves) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
-    }
-
-    // Two rows of values to one of pairs.
-    void pair_values(int n) {
+    // Elements by keys.
+    void turn_values(int n) {
         alignas(64) static constexpr struct Order {
             uint16_t low[32]{}, high[32]{};
             constexpr Order() {
@@ -180,26 +123,125 @@ class PairFold {
             }
         } ORDER;
         const __m512i low = _mm512_loadu_si512(ORDER.low), high = _mm512_loadu_si512(ORDER.high);
-        for (int i = 0; i < round_up(n, PAIRS_DEPTH); i += 2) {
-            const uint16_t* row = value_.rows + i * size_;
-            uint32_t* out = pairs_ + i / 2 * size_;
+        for (int i = 0; i < n; i += PAIRS_DEPTH)
             for (int d = 0; d < size_; d += HALVES) {
-                const __m512i even = _mm512_loadu_si512(row + d), odd = _mm512_loadu_si512(row + size_ + d);
-                _mm512_storeu_si512(out + d, _mm512_permutex2var_epi16(even, low, odd));
-                _mm512_storeu_si512(out + d + TILE, _mm512_permutex2var_epi16(even, high, odd));
+                __m512i first[TILE], second[TILE];  // pairs of keys by elements
+#pragma GCC unroll 16
+                for (int j = 0; j < TILE; ++j) {
+                    const uint16_t* row = value_.rows + (i + 2 * j) * size_ + d;
+                    const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + size_);
+                    first[j] = _mm512_permutex2var_epi16(even, low, odd);
+                    second[j] = _mm512_permutex2var_epi16(even, high, odd);
+                }
+                turn16(first);
+                turn16(second);
+                for (int j = 0; j < TILE; ++j) {
+                    _mm512_storeu_si512(values_ + (d + j) * BATCH + i, first[j]);
+                    _mm512_storeu_si512(values_ + (d + TILE + j) * BATCH + i, second[j]);
+                }
             }
+    }
+
+    // Scores of n keys and 16 rows of the query, without units where the keys have one band.
+    void score(int row, int n) {
+        const int depth = size_ / key_.bands;
+        uint32_t* const query[] = {query_ + row * size_ / 2};
+        Products::multiply(key_.rows, size_, n, query, depth, scores_, false);
+        if (key_.bands == 1) return;
+        uint32_t* const other[] = {query[0] + depth / 2 * TILE};
+        Products::multiply(key_.rows + depth, size_, n, other, depth, other_scores_, false);
+        for (int i = 0; i < n; ++i) {
+            float* scores = scores_ + i * TILE;
+            store(scores, load(scores) * key_.units[0][i] + load(other_scores_ + i * TILE) * key_.units[1][i]);
+        }
+    }
+
+    // Scores of 16 rows, from `first` on, to weights in parts; n is a multiple of 32.
+    template <bool CAPPED>
+    void weigh(int first, int n) {
+        alignas(64) int32_t begin[TILE], end[TILE];
+        bool all = true;
+        for (int i = 0; i < TILE; ++i) {
+            const int row = first + i < rows_ ? first + i : rows_ - 1;
+            const Visible seen = seen_[row / plan_.group];
+            begin[i] = seen.begin;
+            end[i] = seen.end;
+            all = all && seen.begin == 0 && seen.end == n;
+        }
+        const F greatest = all ? complete<CAPPED, false>(n, begin, end) : complete<CAPPED, true>(n, begin, end);
+        float *maximum = result.maximum + first, *total = result.total + first;
+        const F old = load(maximum);
+        F now = max(greatest, old);
+        if (_mm512_cmp_ps_mask(now, old, _CMP_NEQ_UQ)) {
+            const F factor = old == -INFINITY ? F{} : exp2(old - now);
+            store(maximum, now);
+            store(total, load(total) * factor);
+            for (float* sum = weighted_ + first * size_; sum < weighted_ + (first + TILE) * size_; sum += TILE)
+                store(sum, load(sum) * factor);
+        }
+        const F shift = now == -INFINITY ? F{} : now;
+        F sums[2] = {};
+        for (int i = 0; i < n; i += 2) {
+            F weights[2];
+            for (int j = 0; j < 2; ++j) {
+                weights[j] = exp2(load(scores_ + (i + j) * TILE) - shift);
+                sums[j] += weights[j];
+                weights[j] *= value_.units[0][i + j];
+            }
+            store_pairs(weights, i / 2 * TILE);
+        }
+        store(total, load(total) + (sums[0] + sums[1]));
+    }
+
+    // Applies units, cap and mask; returns the largest score of each row.
+    template <bool CAPPED, bool MASKED>
+    F complete(int n, const int32_t* begin, const int32_t* end) {
+        const float soft_cap = plan_.call.soft_cap * LOG2_E;
+        const __m512i first = _mm512_load_si512(begin), last = _mm512_load_si512(end);
+        F greatest[2] = {broadcast(-INFINITY), broadcast(-INFINITY)};
+        for (int i = 0; i < n; i += 2)
+            for (int j = 0; j < 2; ++j) {
+                float* scores = scores_ + (i + j) * TILE;
+                F score = load(scores) * key_units_[i + j];
+                if constexpr (CAPPED) score = soft_cap * tanh(score * (1 / soft_cap));
+                if constexpr (MASKED) {
+                    const __m512i key = _mm512_set1_epi32(i + j);
+                    const __mmask16 seen = _mm512_cmple_epi32_mask(first, key) & _mm512_cmpgt_epi32_mask(last, key);
+                    score = _mm512_mask_blend_ps(seen, broadcast(-INFINITY), score);
+                }
+                store(scores, score);
+                greatest[j] = max(score, greatest[j]);
+            }
+        return max(greatest[0], greatest[1]);
+    }
+
+    // The weights of two keys; each part is what the ones before leave, rounded.
+    void store_pairs(F (&weights)[2], int at) {
+        const I upper = I{} + int32_t(0xffff0000), half = I{} + 0x8000;
+        for (int part = 0; part < PARTS; ++part) {
+            I bits[2];
+            for (int i = 0; i < 2; ++i) {
+                bits[i] = (float_to_bits(weights[i]) + half) & upper;
+                weights[i] -= bits_to_float(bits[i]);
+            }
+            const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32((__m512i)bits[0], 16), (__m512i)bits[1]);
+            _mm512_storeu_si512(weights_[part] + at, pairs);
         }
     }
 
     const Plan& plan_;
     const Layout& layout_;
     const int size_;
-    int rows_ = 0;
-    uint16_t* query_ = nullptr;    // (rows x head_size)
-    uint32_t* columns_ = nullptr;  // of keys, see turn_keys()
-    float *scores_ = nullptr, *other_scores_ = nullptr, *key_units_ = nullptr;
-    uint16_t* weights_[2] = {nullptr, nullptr};
-    uint32_t* pairs_ = nullptr;  // of values, (BATCH / 2 x head_size)
+    int queries_ = 0, rows_ = 0;
+    bool has_folded_ = false;
+    uint16_t* rows_of_query_ = nullptr;  // (rows x head_size)
+    uint32_t* query_ = nullptr;    // of every 16 rows: (pairs of elements x rows)
+    float* weighted_ = nullptr;    // of every 16 rows: (elements x rows)
+    Visible* seen_ = nullptr;      // of each query
+    float *scores_ = nullptr, *other_scores_ = nullptr;  // (keys x 16 rows)
+    float* key_units_ = nullptr;
+    uint32_t* weights_[PARTS];                   // (pairs of keys x 16 rows)
+    uint16_t* values_ = nullptr;                 // (elements x BATCH keys)
     Halves key_, value_;
 };
 

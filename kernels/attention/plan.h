@@ -10,7 +10,7 @@
 
 namespace sparsekv::SPARSEKV_ISA {
 
-constexpr int TILE_ROWS = 96;  // query rows of one unit, where the group allows
+constexpr int TILE_ROWS = 192;  // query rows of one unit, where the group allows
 constexpr int MIN_PART = 256;  // tokens of history worth a unit of their own
 constexpr int UNITS_PER_THREAD = 4;
 
