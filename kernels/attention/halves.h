@@ -13,7 +13,7 @@ constexpr int HALVES = 32;  // of one register
 
 constexpr int TILE = 16;         // rows that are multiplied together, and pairs of a register
 constexpr int PAIRS_DEPTH = 32;  // elements of as many pairs
-constexpr int PAIR_BATCH = 128;  // keys attended together
+constexpr int PAIR_BATCH = 256;  // keys attended together
 
 // For each zero of a scale (codec.h) and each of the codes 0 .. 2^BITS - 1, repeated, the distance of
 // the two in bfloat16.

@@ -221,11 +221,11 @@ class PairFold {
         for (int part = 0; part < PARTS; ++part) {
             I bits[2];
             for (int i = 0; i < 2; ++i) {
-                bits[i] = (float_to_bits(weights[i]) + half) & upper;
-                weights[i] -= bits_to_float(bits[i]);
+                bits[i] = float_to_bits(weights[i]) + half;
+                weights[i] -= bits_to_float(bits[i] & upper);
             }
-            const __m512i pairs = _mm512_or_si512(_mm512_srli_epi32((__m512i)bits[0], 16), (__m512i)bits[1]);
-            _mm512_storeu_si512(weights_[part] + at, pairs);
+            const I low = (I)_mm512_srli_epi32((__m512i)bits[0], 16);
+            _mm512_storeu_si512(weights_[part] + at, (__m512i)(low | (bits[1] & upper)));
         }
     }
 
