@@ -38,19 +38,18 @@ struct Distances {
 template <int BITS>
 inline constexpr Distances<BITS> DISTANCES{};
 
-// Where the bytes of each 64 bits come from, which hold 4 codes, and the first bit of each code in the
-// lower byte of its 16 bits.
+// Where the two bytes come from that hold each code, and the first bit of the code in them.
 template <int BITS>
 struct Spread {
     alignas(64) uint8_t bytes[64];
-    alignas(64) uint8_t bits[64];
+    alignas(64) uint16_t bits[32];
     constexpr Spread() : bytes{}, bits{} {
-        for (int word = 0; word < 8; ++word)
-            for (int i = 0; i < 8; ++i) {
-                const int first = word * 4 * BITS, byte = first / 8 + i;
-                bytes[word * 8 + i] = static_cast<uint8_t>(byte < 15 ? byte : 15);
-                bits[word * 8 + i] = static_cast<uint8_t>(first % 8 + i / 2 * BITS);
-            }
+        for (int i = 0; i < 32; ++i) {
+            const int byte = i * BITS / 8;
+            bytes[2 * i] = static_cast<uint8_t>(byte);
+            bytes[2 * i + 1] = static_cast<uint8_t>(byte < 15 ? byte + 1 : 15);
+            bits[i] = static_cast<uint16_t>(i * BITS % 8);
+        }
     }
 };
 template <int BITS>
@@ -67,7 +66,7 @@ struct HalvesOf {
     __m512i next(const uint8_t* codes) const {
         const __m512i packed = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)codes));
         // The bits above a code look up the same entry, as the table repeats.
-        const __m512i index = _mm512_multishift_epi64_epi8(bits, _mm512_permutexvar_epi8(bytes, packed));
+        const __m512i index = _mm512_srlv_epi16(_mm512_permutexvar_epi8(bytes, packed), bits);
         return _mm512_permutexvar_epi16(index, table);
     }
 };

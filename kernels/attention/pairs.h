@@ -113,31 +113,20 @@ class PairFold {
 
     // Elements by keys.
     void turn_values(int n) {
-        alignas(64) static constexpr struct Order {
-            uint16_t low[32]{}, high[32]{};
-            constexpr Order() {
-                for (int i = 0; i < 32; ++i) {
-                    low[i] = static_cast<uint16_t>(i / 2 + i % 2 * 32);
-                    high[i] = static_cast<uint16_t>(low[i] + 16);
-                }
-            }
-        } ORDER;
-        const __m512i low = _mm512_loadu_si512(ORDER.low), high = _mm512_loadu_si512(ORDER.high);
         for (int i = 0; i < n; i += PAIRS_DEPTH)
             for (int d = 0; d < size_; d += HALVES) {
                 __m512i first[TILE], second[TILE];  // pairs of keys by elements
 #pragma GCC unroll 16
                 for (int j = 0; j < TILE; ++j) {
                     const uint16_t* row = value_.rows + (i + 2 * j) * size_ + d;
-                    const __m512i even = _mm512_loadu_si512(row), odd = _mm512_loadu_si512(row + size_);
-                    first[j] = _mm512_permutex2var_epi16(even, low, odd);
-                    second[j] = _mm512_permutex2var_epi16(even, high, odd);
+                    pair_rows(row, row + size_, first[j], second[j]);
                 }
                 turn16(first);
                 turn16(second);
                 for (int j = 0; j < TILE; ++j) {
-                    _mm512_storeu_si512(values_ + (d + j) * BATCH + i, first[j]);
-                    _mm512_storeu_si512(values_ + (d + TILE + j) * BATCH + i, second[j]);
+                    uint16_t* out = values_ + (d + paired_element(j)) * BATCH + i;
+                    _mm512_storeu_si512(out, first[j]);
+                    _mm512_storeu_si512(out + 4 * BATCH, second[j]);
                 }
             }
     }

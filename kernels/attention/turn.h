@@ -1,4 +1,4 @@
-// 16 x 16 blocks of 32 bits, turned.
+// 16 x 16 blocks of 32 bits, turned, and rows of 16 bits, paired.
 #pragma once
 
 #include "../cpu/simd.h"
@@ -44,6 +44,15 @@ inline void turn16(const void* rows, int stride, void* out, int out_stride) {
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i) _mm512_storeu_si512(static_cast<int32_t*>(out) + i * out_stride, a[i]);
 }
+
+// Pairs of the 32 elements of two rows: `low` has those of element paired_element(i) in lane i, `high` those
+// 4 elements on.
+inline void pair_rows(const uint16_t* even, const uint16_t* odd, __m512i& low, __m512i& high) {
+    const __m512i a = _mm512_loadu_si512(even), b = _mm512_loadu_si512(odd);
+    low = _mm512_unpacklo_epi16(a, b);
+    high = _mm512_unpackhi_epi16(a, b);
+}
+constexpr int paired_element(int lane) { return lane / 4 * 8 + lane % 4; }
 
 }  // namespace sparsekv::SPARSEKV_ISA
 
