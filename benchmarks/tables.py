@@ -178,59 +178,55 @@ def _shape(key: str) -> str:
     return f"{batch} x {int(context):,}"
 
 
-def steps() -> str:
-    """Decode steps of both models on the machine with AMX."""
-    found = {
-        title: read(f"step_{name}_bf16_amx")["decode"]
-        for title, name in (("SmolLM2-135M", "smollm2"), ("Gemma-3-270M", "gemma"))
-    }
-    shapes = [*found["SmolLM2-135M"]]
-    shapes.insert(shapes.index("4 x 7680"), "1 x 7680")
-    rows = [["requests x context", *map(_shape, shapes)]]
-    rows += [
-        [f"decode, {title}", *(_ratio(decode, key) for key in shapes)]
-        for title, decode in found.items()
-    ]
-    return markdown(rows)
-
-
+PROMPTS = ("512", "2048", "7680")
 TO_REACH = {
     "4 x 128": 1.0,
     "4 x 512": 1.1,
     "8 x 1024": 1.3,
     "4 x 4096": 1.8,
     "4 x 7680": 2.0,
-    "512": 1.0,
-    "2048": 1.0,
-    "7680": 1.0,
-}
+} | dict.fromkeys(PROMPTS, 1.0)
+TO_REACH_AMX = (
+    {f"{batch} x 128": 0.95 for batch in (1, 4, 8, 32)}
+    | {f"{batch} x {context}": 1.3 for batch in (1, 4, 8) for context in (2048, 4096, 7680)}
+    | dict.fromkeys(PROMPTS, 1.0)
+)
 
 
-def steps_avx512() -> str:
-    """Decode steps and first tokens of both models on the machine with AVX-512."""
-    found = {
-        title: read(f"step_{name}_avx512")
-        for title, name in (
-            ("SmolLM2-135M, bfloat16", "smollm2_bf16"),
-            ("SmolLM2-135M, float32", "smollm2_float32"),
-            ("Gemma-3-270M, bfloat16", "gemma_bf16"),
-        )
-    }
-    shapes, prompts = [*found["SmolLM2-135M, bfloat16"]["decode"]], ("512", "2048", "7680")
-    goals = (TO_REACH.get(key) for key in (*shapes, *prompts))
+def steps(names: dict[str, str], to_reach: dict[str, float]) -> str:
+    """Decode steps and first tokens: a row for each result, by title."""
+    found = {title: read(f"step_{name}") for title, name in names.items()}
+    shapes = [*next(iter(found.values()))["decode"]]
+    goals = (to_reach.get(key) for key in (*shapes, *PROMPTS))
     rows = [
-        ["", *map(_shape, shapes), *(f"first of {int(tokens):,}" for tokens in prompts)],
-        ["to reach", *("" if goal is None else f"{goal:.1f}x" for goal in goals)],
+        ["", *map(_shape, shapes), *(f"first of {int(tokens):,}" for tokens in PROMPTS)],
+        ["to reach", *("" if goal is None else f"{goal}x" for goal in goals)],
     ]
     rows += [
         [
             title,
             *(_ratio(measured["decode"], key) for key in shapes),
-            *(_ratio(measured["first_token"], key) for key in prompts),
+            *(_ratio(measured["first_token"], key) for key in PROMPTS),
         ]
         for title, measured in found.items()
     ]
     return markdown(rows)
+
+
+def steps_avx512() -> str:
+    """Those of both models on the machine with AVX-512."""
+    names = {
+        "SmolLM2-135M, bfloat16": "smollm2_bf16_avx512",
+        "SmolLM2-135M, float32": "smollm2_float32_avx512",
+        "Gemma-3-270M, bfloat16": "gemma_bf16_avx512",
+    }
+    return steps(names, TO_REACH)
+
+
+def steps_amx() -> str:
+    """Those of both models on the machine with AMX."""
+    names = {"SmolLM2-135M": "smollm2_bf16_amx", "Gemma-3-270M": "gemma_bf16_amx"}
+    return steps(names, TO_REACH_AMX)
 
 
 def layer() -> str:
@@ -283,7 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels_xeon": lambda: kernels("kernels_xeon", LATEST),
     "steps_avx512": steps_avx512,
     "layer": layer,
-    "steps": steps,
+    "steps_amx": steps_amx,
     "steps_avx2": steps_avx2,
     "transfer": transfer,
 }

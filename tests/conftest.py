@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -107,33 +105,14 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@functools.cache
-def replace_kernels(platform: type) -> None:
-    """vLLM looks through all modules for Triton kernels to replace, at every start of an engine."""
-    platform.register_triton_kernel_overrides()
-
-
 @pytest.fixture(scope="module")
 def engines_in_process() -> Iterator[None]:
-    """For tests that start many engines of tiny models.
+    """For tests that start many engines of tiny models."""
+    from engines import quick_starts
 
-    Most of a start goes into vLLM's collections of garbage, which look at every object of torch and
-    transformers; those that are there already are left out.
-    """
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    replace_kernels(platform)
-    gc.collect()
-    gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gc, "freeze", lambda: None)
-        patch.setattr(gc, "unfreeze", lambda: None)
-        patch.setattr(platform, "register_triton_kernel_overrides", staticmethod(lambda: None))
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    with quick_starts(), pytest.MonkeyPatch.context() as patch:
         # vLLM compiles a few operators anew for every model and shape, for seconds each; so do the
         # processes that it starts.
         patch.setenv("TORCH_COMPILE_DISABLE", "1")
         with torch._dynamo.config.patch(disable=True):
             yield
-    gc.unfreeze()

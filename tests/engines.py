@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from vllm import LLM, SamplingParams
 
@@ -16,6 +19,35 @@ MODEL = ROOT / ".cache" / "smollm2-135m-instruct"
 PROSE = ROOT / "tests" / "data" / "prose.txt"
 LOSSLESS = {"key_dtype": "auto", "value_dtype": "auto", "window": 24}
 """Settings under which answers are the dense engine's; the window leaves most tokens to pages."""
+
+
+@functools.cache
+def _replace_kernels(platform: type) -> None:
+    """vLLM looks through all modules for Triton kernels to replace, at every start of an engine."""
+    platform.register_triton_kernel_overrides()
+
+
+@contextmanager
+def quick_starts() -> Iterator[None]:
+    """For engines in this process, one after the other.
+
+    Most of a start goes into vLLM's collections of garbage, which look at every object of torch and
+    transformers; those that are there already are left out.
+    """
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    _replace_kernels(platform)
+    gc.collect()
+    gc.freeze()
+    with (
+        mock.patch.object(gc, "freeze", lambda: None),
+        mock.patch.object(gc, "unfreeze", lambda: None),
+        mock.patch.object(platform, "register_triton_kernel_overrides", staticmethod(lambda: None)),
+        mock.patch.dict(os.environ, {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}),
+    ):
+        yield
+    gc.unfreeze()
 
 
 @contextmanager

@@ -207,7 +207,7 @@ class Case:
 
     @cached_property
     def magnitudes(self) -> torch.Tensor:
-        """As ``expected``, of absolute values: what relative errors of weights add up to at most."""
+        """``expected`` of absolute values: what relative errors of weights add up to at most."""
         return self._attended(torch.abs)
 
     def _attended(self, of_values: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

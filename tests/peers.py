@@ -1,54 +1,72 @@
-"""Engines in processes of their own that are asked one prompt after the other, for tests."""
+"""Engines in processes of their own that are asked one prompt after the other, for tests.
+
+They are forked off a process that has imported vLLM, which takes as long as a small engine starts.
+"""
 
 from __future__ import annotations
 
-import json
-import subprocess
+import multiprocessing
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from engines import first_logprobs, texts
-from programs import program
+import psutil
+from engines import engine, first_logprobs, generate, quick_starts, texts
+from programs import kill
 
-CODE = """
-import json, select, sys
-from engines import engine, first_logprobs, generate, texts
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["peers"])
+_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "TORCHDYNAMO_DISABLE": "1",
+    "PYTHONPATH": os.pathsep.join(
+        [str(Path(__file__).parent), *filter(None, [os.getenv("PYTHONPATH")])]
+    ),
+}
+"""What the process has that peers are forked off."""
 
-def next_line(core):
-    # Steps go on meanwhile, as in a server: they write pages.
-    while not select.select([sys.stdin], [], [], 0.05)[0]:
-        if core.scheduler.has_requests():
-            core.step_fn()
-    return sys.stdin.readline()
 
-with engine(**json.loads(sys.argv[1])) as llm:
-    print("READY", flush=True)
-    while line := next_line(llm.llm_engine.engine_core.engine_core):
-        prompt, max_tokens, params, fresh = json.loads(line)
-        assert not fresh or llm.reset_prefix_cache()
-        extra = {"extra_args": {"kv_transfer_params": params}} if params else {}
-        (output,) = generate(llm, [prompt], max_tokens, logprobs=20, **extra)
-        answer = {
-            "cached": output.num_cached_tokens,
-            "logprobs": first_logprobs(output),
-            "text": texts([output])[0],
-            "params": output.kv_transfer_params,
-            "moved": sum(
-                m.sum for m in llm.get_metrics() if m.name == "vllm:nixl_bytes_transferred"
-            ),
-        }
-        print("ANSWER", json.dumps(answer), flush=True)
-"""
+def _serve(
+    asked: Connection, options: dict[str, Any], log: Path, environment: dict[str, str]
+) -> None:
+    """The process of a peer."""
+    os.environ.update(environment)
+    with log.open("w") as errors:
+        for stream in (1, 2):
+            os.dup2(errors.fileno(), stream)
+    with quick_starts(), engine(**options) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        asked.send("ready")
+        while True:
+            # Steps go on meanwhile, as in a server: they write pages.
+            while not asked.poll(0.05):
+                if core.scheduler.has_requests():
+                    core.step_fn()
+            try:
+                prompt, max_tokens, params, fresh = asked.recv()
+            except EOFError:
+                return
+            assert not fresh or llm.reset_prefix_cache()
+            extra = {"extra_args": {"kv_transfer_params": params}} if params else {}
+            (output,) = generate(llm, [prompt], max_tokens, logprobs=20, **extra)
+            moved = (m.sum for m in llm.get_metrics() if m.name == "vllm:nixl_bytes_transferred")
+            answer = {"params": output.kv_transfer_params, "moved": sum(moved)}
+            asked.send(described(output) | answer)
 
 
 class Peer:
     """One engine and its process."""
 
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
-        self.process, self._log = process, log
-        self._read("READY")
+    def __init__(self, process: BaseProcess, asks: Connection, log: Path) -> None:
+        self.process, self._asks, self._log = process, asks, log
+        assert self._read() == "ready"
 
     def ask(self, prompt: list[int], **options: Any) -> dict[str, Any]:
         """The answer to :meth:`tell`."""
@@ -67,19 +85,18 @@ class Peer:
         Args:
             params: vLLM's ``kv_transfer_params``.
         """
-        message = json.dumps([prompt, max_tokens, params, fresh])
-        print(message, file=self.process.stdin, flush=True)
+        self._asks.send((prompt, max_tokens, params, fresh))
 
     def answer(self) -> dict[str, Any]:
         """``cached`` tokens, ``logprobs`` of the first token's candidates, ``text``, ``params`` of
         the transfer and the bytes ``moved`` over NIXL so far."""
-        return json.loads(self._read("ANSWER"))
+        return self._read()
 
-    def _read(self, word: str) -> str:
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line[len(word) :]
-        raise AssertionError(self._log.read_text()[-4000:])
+    def _read(self) -> Any:
+        try:
+            return self._asks.recv()
+        except EOFError:
+            raise AssertionError(self._log.read_text()[-4000:]) from None
 
 
 @contextmanager
@@ -90,14 +107,19 @@ def peer(log: Path, options: dict[str, Any], **environment: str) -> Iterator[Pee
         log: file for what it prints besides.
         environment: besides this process's.
     """
-    environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_LOGGING_STREAM": "ext://sys.stderr",
-        "TORCHDYNAMO_DISABLE": "1",
-    } | environment
-    with program(CODE, json.dumps(options), log, **environment) as process:
-        yield Peer(process, log)
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
+        forkserver.ensure_running()
+    asks, asked = _FORKS.Pipe()
+    process = _FORKS.Process(target=_serve, args=(asked, options, log, environment))
+    process.start()
+    asked.close()
+    try:
+        yield Peer(process, asks, log)
+    finally:
+        with suppress(psutil.NoSuchProcess):
+            kill(psutil.Process(process.pid))
+        process.join()
+        asks.close()
 
 
 def described(output: Any) -> dict[str, Any]:

@@ -39,10 +39,10 @@ def program(
             yield process
         finally:
             with suppress(psutil.NoSuchProcess):
-                _kill(psutil.Process(process.pid))
+                kill(psutil.Process(process.pid))
 
 
-def _kill(process: psutil.Process) -> None:
+def kill(process: psutil.Process) -> None:
     """A process and all it started, which leave their shared memory behind."""
     tree = [process, *process.children(recursive=True)]
     shared = set()
