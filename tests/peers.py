@@ -18,7 +18,6 @@ from unittest import mock
 
 import psutil
 from engines import engine, first_logprobs, generate, quick_starts, texts
-from programs import kill
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["peers"])
@@ -117,7 +116,7 @@ def peer(log: Path, options: dict[str, Any], **environment: str) -> Iterator[Pee
         yield Peer(process, asks, log)
     finally:
         with suppress(psutil.NoSuchProcess):
-            kill(psutil.Process(process.pid))
+            _kill(psutil.Process(process.pid))
         process.join()
         asks.close()
 
@@ -133,3 +132,17 @@ def assert_same(actual: dict[str, Any], expected: dict[str, Any], error: float =
     assert actual["logprobs"].keys() == expected["logprobs"].keys()
     for token, logprob in expected["logprobs"].items():
         assert abs(actual["logprobs"][token] - logprob) <= error
+
+
+def _kill(process: psutil.Process) -> None:
+    """A process and all it started, which leave their shared memory behind."""
+    tree = [process, *process.children(recursive=True)]
+    shared = set()
+    for one in tree:
+        with suppress(psutil.NoSuchProcess):  # or a zombie, which maps nothing
+            shared |= {Path(area.path) for area in one.memory_maps()}
+    for one in tree:
+        one.kill()
+    for path in shared:
+        if path.parent == Path("/dev/shm"):
+            path.unlink(missing_ok=True)

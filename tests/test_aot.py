@@ -39,8 +39,6 @@ CACHES = {
     "auto": (0.5, "auto", 0.5, "auto"),
     "fp8": (0.5, "fp8", 0.5, "fp8"),
     "int4": (0.5, "int4", 0.5, "int4"),
-    "all int4 keys, int4": (0.0, "int4", 0.5, "int4"),
-    "all int4": (0.0, "int4", 0.0, "int4"),
     "all int4, int3": (0.0, "int4", 0.0, "int3"),
     "all int3": (0.0, "int3", 0.0, "int3"),
     "all int3, int2": (0.0, "int3", 0.0, "int2"),
@@ -79,24 +77,18 @@ def warps_resident(measured, launch, capability):
 
 DECODE = {
     (80, 128, "fp8"): 6.5,
-    (80, 128, "int4"): 5.3,
     (80, 128, "all int4, int3"): 2.6,
     (90, 128, "auto"): 6.0,
     (90, 128, "fp8"): 4.35,
     (90, 128, "int4"): 5.2,
-    (90, 128, "all int4 keys, int4"): 4.05,
-    (90, 128, "all int4"): 2.5,
     (90, 128, "all int4, int3"): 2.6,
     (90, 128, "all int3"): 2.6,
     (90, 128, "all int3, int2"): 2.55,
     (90, 128, "int4_int2, int3"): 2.75,
-    (90, 96, "int4"): 5.45,
     (90, 96, "all int4, int3"): 2.85,
-    (90, 96, "int4_int2, int3"): 3.1,
     (90, 64, "int4"): 5.65,
     (90, 64, "all int4, int3"): 2.95,
     (90, 64, "int4_int2, int3"): 3.35,
-    (100, 128, "int4"): 5.15,
     (100, 128, "all int4, int3"): 2.55,
 }
 """(compute capability * 10, head size, cache) -> instructions per element of keys and values."""
@@ -120,11 +112,7 @@ def test_decode(capability, head_size, cache):
         ("all int4, int3", 256, 8, 64),
         ("int4", 192, 8, 64),
         ("auto", 64, 16, 64),
-        ("fp8", 96, 16, 64),
         ("int4", 96, 16, 64),
-        ("int4", 128, 16, 64),
-        ("auto", 192, 16, 64),
-        ("int4", 64, 8, 16),
         ("all int4, int3", 128, 32, 64),
         ("int4_int2, int3", 192, 8, 64),
         ("int4_int2, int3", 256, 8, 64),
@@ -143,12 +131,12 @@ SLIDING, CAPPED = ("sliding_window", "sinks"), ("sliding_window", "soft_cap", "s
 @pytest.mark.parametrize(
     ("capability", "head_size", "cache", "options"),
     [
-        (80, 128, "int4", SLIDING),
+        (80, 128, "fp8", SLIDING),
         (90, 64, "int4", SLIDING),
-        (90, 96, "int4_int2, int3", SLIDING),
+        (90, 96, "all int4, int3", SLIDING),
         (90, 128, "fp8", CAPPED),
         (90, 128, "all int4, int3", CAPPED),
-        (100, 128, "int4", CAPPED),
+        (100, 128, "all int4, int3", CAPPED),
     ],
 )
 def test_decode_with_options(capability, head_size, cache, options):

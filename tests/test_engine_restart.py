@@ -3,20 +3,16 @@ they store, and serve others that live."""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 from engines import generate
-from peers import assert_same, described, peer
-from programs import program
+from peers import Peer, assert_same, described, peer
 from test_engine_transfer import (
     CACHED,
     SETTINGS,
@@ -29,40 +25,22 @@ from test_engine_transfer import (
 
 pytestmark = pytest.mark.usefixtures("engines_in_process")
 
-CODE = """
-import json, sys
-from engines import engine, generate
-from peers import described
-
-options, prompt = json.loads(sys.argv[1])
-with engine(**options) as llm:
-    for _ in range(2):
-        (output,) = generate(llm, [prompt], 4, logprobs=20)
-        print("ANSWER", json.dumps(described(output)), flush=True)
-    sys.stdin.read()
-"""
-
-SEPARATE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-
 
 @contextmanager
 def answers(model: Path, folder: Path, files: int = 0) -> Iterator[list[dict[str, Any]]]:
     """Of a prompt asked twice, by two ranks that are killed once ``folder`` has so many files."""
     options = offloading_options(model, folder, tensor_parallel_size=2)
-    log = folder.parent / "log.txt"
-    with program(CODE, json.dumps([options, prompt()]), log, **SEPARATE) as process:
-        lines = (line for line in process.stdout if line.startswith("ANSWER"))
-        found = [json.loads(line[len("ANSWER") :]) for line in islice(lines, 2)]
-        assert len(found) == 2, log.read_text()[-4000:]
-        wait_for_files(folder, files, process)
+    with peer(folder.parent / "log.txt", options) as ranks:
+        found = [ranks.ask(prompt()) for _ in range(2)]
+        wait_for_files(folder, files, ranks)
         yield found
 
 
-def wait_for_files(folder: Path, count: int, process: subprocess.Popen[str]) -> None:
-    """As long as a machine may take, while the process that writes them lives."""
+def wait_for_files(folder: Path, count: int, writer: Peer) -> None:
+    """As long as a machine may take, while the engine that writes them lives."""
     deadline = time.monotonic() + 600
     while len(list(folder.rglob("*.bin"))) < count:
-        assert process.poll() is None, "the engine ended before its pages were written"
+        assert writer.process.is_alive(), "the engine ended before its pages were written"
         assert time.monotonic() < deadline, "pages were not written"
         time.sleep(0.05)
 
@@ -96,13 +74,13 @@ def test_two_engines_that_live_share_a_folder(model: Path, tmp_path: Path) -> No
     with peer(tmp_path / "log.txt", offloading_options(model, folder)) as other:
         with offloading(model, folder) as llm:
             cold, hit = (described(ask(llm, [prompt()])[0]) for _ in range(2))
-            wait_for_files(folder, blocks, other.process)
+            wait_for_files(folder, blocks, other)
             read = other.ask(prompt())
             assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
             assert_same(read, hit)
 
             cold, hit = (other.ask(prompt(1)) for _ in range(2))
-            wait_for_files(folder, 2 * blocks, other.process)
+            wait_for_files(folder, 2 * blocks, other)
             read = described(ask(llm, [prompt(1)])[0])
             assert (cold["cached"], hit["cached"], read["cached"]) == (0, CACHED, CACHED)
             assert_same(read, hit)
@@ -110,7 +88,7 @@ def test_two_engines_that_live_share_a_folder(model: Path, tmp_path: Path) -> No
             other.tell(prompt(2))  # both write it
             ask(llm, [prompt(2)])
             other.answer()
-            wait_for_files(folder, 3 * blocks, other.process)
+            wait_for_files(folder, 3 * blocks, other)
             both = [described(ask(llm, [prompt(2)])[0]), other.ask(prompt(2))]
             assert [answer["cached"] for answer in both] == [CACHED] * 2
             assert_same(*both)

@@ -224,13 +224,13 @@ class PairFold {
     int queries_ = 0, rows_ = 0;
     bool has_folded_ = false;
     uint16_t* rows_of_query_ = nullptr;  // (rows x head_size)
-    uint32_t* query_ = nullptr;    // of every 16 rows: (pairs of elements x rows)
-    float* weighted_ = nullptr;    // of every 16 rows: (elements x rows)
-    Visible* seen_ = nullptr;      // of each query
+    uint32_t* query_ = nullptr;          // of every 16 rows: (pairs of elements x rows)
+    float* weighted_ = nullptr;          // of every 16 rows: (elements x rows); the result's, once there are keys
+    Visible* seen_ = nullptr;            // of each query
     float *scores_ = nullptr, *other_scores_ = nullptr;  // (keys x 16 rows)
     float* key_units_ = nullptr;
-    uint32_t* weights_[PARTS];                   // (pairs of keys x 16 rows)
-    uint16_t* values_ = nullptr;                 // (elements x BATCH keys)
+    uint32_t* weights_[PARTS];    // (pairs of keys x 16 rows)
+    uint16_t* values_ = nullptr;  // (elements x BATCH keys)
     Halves key_, value_;
 };
 
