@@ -31,8 +31,7 @@ def dense() -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def sparse(dense: dict) -> Iterator[LLM]:
-    # vLLM's default compilation mode.
-    with engine(HALF, **OPTIONS, enforce_eager=False) as llm:
+    with engine(HALF, **OPTIONS) as llm:
         yield llm
 
 
