@@ -1,16 +1,15 @@
 // Paged attention over sparse pages; reference.py says what it computes.
 //
 // Each unit of the plan collects its keys and values in batches and folds them into an online softmax:
-// fold.h in float32, pairs.h in bfloat16 where the processor multiplies that.
+// byte_fold.h in integers and pairs.h in bfloat16, where the processor multiplies those, or fold.h in float32.
 
 #include "../step/change.h"
+#include "byte_fold.h"
 #include "fold.h"
 #include "ring.h"
 #include "pairs.h"
 
 namespace sparsekv::SPARSEKV_ISA {
-
-enum class Source { PAGES, DENSE_ROWS };
 
 // `Folding` is one of the classes named above.
 template <class Folding>
@@ -98,9 +97,9 @@ class Worker {
     void add_pages(int64_t first, int64_t last) {
         const int context = unit_.request->context, block_size = call_.block_size;
         const int32_t* table = call_.batch.pages(unit_.index);
+        look_ahead(table, first, last);
         for (int64_t block = first; block < last; ++block) {
             const Tile<const uint8_t> tile(plan_.tile(unit_, block), block_size, layout_);
-            if (block + 1 < last) expect(plan_.tile(unit_, block + 1));
             const int start = static_cast<int>(block) * block_size;
             const int end = start + block_size < context ? start + block_size : context;
             for (int i = start > first_seen_ ? start : first_seen_; i < end;) {
@@ -108,13 +107,13 @@ class Worker {
                 if (end + layout_.window <= context) stop = end;
                 while (stop < end && !ring_.at(stop)) ++stop;
                 while (i < stop) {
-                    const int take = stop - i < BATCH - batch_ ? stop - i : BATCH - batch_;
+                    const int room = Folding::capacity(Source::PAGES) - batch_, take = stop - i < room ? stop - i : room;
                     const bool in_place = take == BATCH && table[block] + 1 < call_.num_blocks;
                     folding_.add_run(tile, i - start, take, batch_, in_place, ahead_);
                     for (int j = 0; j < take; ++j) positions_[batch_ + j] = i + j;
                     batch_ += take;
                     i += take;
-                    if (batch_ == BATCH) fold(Source::PAGES);
+                    if (take == room) fold(Source::PAGES);
                 }
                 while (i < end && ring_.at(i)) ++i;
             }
@@ -123,10 +122,17 @@ class Worker {
         fold(Source::PAGES);
     }
 
-    void expect(const uint8_t* tile) {
-        ahead_.next = tile;
-        ahead_.end = tile + call_.block_size * layout_.token_bytes();
-        ahead_.piece = layout_.token_bytes() + 8;
+    // The tiles of those blocks that nobody has asked for yet.
+    void look_ahead(const int32_t* table, int64_t first, int64_t last) {
+        first += plan_.expected_blocks();
+        ahead_.next = ahead_.end = nullptr;
+        ahead_.table = table + (first < last ? first : last);
+        ahead_.last = table + last;
+        ahead_.tiles = plan_.tiles(unit_);
+        ahead_.tile_stride = call_.page_stride;
+        ahead_.token_bytes = layout_.token_bytes();
+        ahead_.tile_bytes = call_.block_size * ahead_.token_bytes;
+        ahead_.due = 0;
     }
 
     void add_sinks() {
@@ -138,6 +144,7 @@ class Worker {
     void add_window() {
         for (int i = ring_.first(); i < unit_.request->context; ++i)
             if (const uint8_t* slot = ring_.at(i)) add_slot(slot, i);
+        if (Folding::SLOTS_APART && layout_.window_bytes == 1) fold(Source::SLOTS);
     }
 
     void add_step() {
@@ -149,7 +156,7 @@ class Worker {
             add_dense(step_->key + (token * step_->key_stride + head) * layout_.element_bytes(),
                       step_->value + (token * step_->value_stride + head) * layout_.element_bytes(), context + i);
         }
-        fold(Source::DENSE_ROWS);
+        fold(Source::ROWS);
     }
 
     void add_slot(const uint8_t* slot, int position) {
@@ -158,17 +165,17 @@ class Worker {
         const uint8_t* steps = value + layout_.slot_row_bytes() + sizeof(int32_t);
         folding_.add_codes(reinterpret_cast<const int8_t*>(slot), reinterpret_cast<const int8_t*>(value),
                            one_value(BFLOAT16, steps), one_value(BFLOAT16, steps + 2), batch_);
-        add_position(position);
+        add_position(Source::SLOTS, position);
     }
 
     void add_dense(const uint8_t* key, const uint8_t* value, int position) {
         folding_.add_row(key, value, batch_);
-        add_position(position);
+        add_position(Source::ROWS, position);
     }
 
-    void add_position(int position) {
+    void add_position(Source source, int position) {
         positions_[batch_] = position;
-        if (++batch_ == BATCH) fold(Source::DENSE_ROWS);
+        if (++batch_ == Folding::capacity(source)) fold(source);
     }
 
     // What a query of the unit sees of the batch.
@@ -182,9 +189,8 @@ class Worker {
 
     void fold(Source source) {
         if (batch_ == 0) return;
-        const bool dense = source == Source::DENSE_ROWS;
-        folding_.fold(batch_, dense, [this](int query) { return visible(query); }, ahead_);
-        if (dense) step_begin_ -= batch_;
+        folding_.fold(batch_, source, [this](int query) { return visible(query); }, ahead_);
+        if (source != Source::PAGES) step_begin_ -= batch_;
         batch_ = 0;
     }
 
@@ -239,8 +245,9 @@ void expect(const Plan& plan, int64_t number) {
     const AttentionCall& call = plan.call;
     const Unit unit = plan.unit(number);
     const Blocks blocks = plan.blocks(unit);
-    if (blocks.first < blocks.last)
-        prefetch(plan.tile(unit, blocks.first), int64_t(call.block_size) * call.layout.token_bytes());
+    const int64_t known = blocks.first + plan.expected_blocks();
+    for (int64_t block = blocks.first; block < blocks.last && block < known; ++block)
+        prefetch(plan.tile(unit, block), int64_t(call.block_size) * call.layout.token_bytes());
     const int context = unit.request->context;
     if (!call.window || unit.part + 1 < unit.request->parts) return;
     each_run(call, unit, first_held(call, context, plan.first_seen(*unit.request, unit.first_query)), context,
@@ -252,6 +259,9 @@ void attend(const Plan& plan) {
     if (PairFold<Tiles>::serves(plan)) return attend_by<PairFold<Tiles>>(plan);
 #elif defined(__AVX512BF16__)
     if (PairFold<Dots>::serves(plan)) return attend_by<PairFold<Dots>>(plan);
+#endif
+#if defined(__AVX512VNNI__)
+    if (ByteFold::serves(plan)) return attend_by<ByteFold>(plan);
 #endif
     attend_by<Fold>(plan);
 }

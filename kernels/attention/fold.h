@@ -4,7 +4,6 @@
 
 #include "batch.h"
 #include "codes.h"
-#include "dot_scores.h"
 #include "matrix.h"
 #include "plan.h"
 #include "softmax.h"
@@ -13,17 +12,20 @@ namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense tile pays
 
+// Where keys and values of a batch come from; those of slots are rows of the model dtype or of int8.
+enum class Source { PAGES, SLOTS, ROWS };
+
 class Fold {
   public:
     static constexpr int BATCH = sparsekv::SPARSEKV_ISA::BATCH;
+    static constexpr bool SLOTS_APART = false;  // from rows of the step
 
-    explicit Fold(const Plan& plan)
-        : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size),
-          dots_(plan.rows < MATRIX_ROWS && scores_by_dots(layout_)) {}
+    explicit Fold(const Plan& plan) : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size) {}
+
+    static int capacity(Source) { return BATCH; }
 
     void carve(Carver& carver) {
         query_ = carver.take<float>(plan_.rows * size_);
-        half_query_ = carver.take<uint16_t>(dots_ ? plan_.rows * size_ : 0);
         code_query_ = carver.take<float>(plan_.rows * code_query_size(size_));
         result = Accumulator(carver.take<float>(Accumulator::floats(plan_.rows, size_)), plan_.rows);
         scores_ = carver.take<float>(plan_.rows * BATCH);
@@ -48,10 +50,6 @@ class Fold {
         queries_ = queries;
         rows_ = queries * plan_.group;
         result.clear(rows_, size_);
-        if (dots_) {
-            for (int i = 0; i < queries; ++i) memcpy(half_query_ + i * width, query(i), width * sizeof(uint16_t));
-            return;
-        }
         const float scale = plan_.call.scale * LOG2_E;
         for (int i = 0; i < queries; ++i) {
             decode_row(layout_.storage, query(i), width, query_ + i * width);
@@ -86,7 +84,8 @@ class Fold {
     // Folds the n vectors of the batch, dense rows or vectors of pages, and empties it; visible(i) is
     // what the i-th query sees of it.
     template <class Seen>
-    void fold(int n, bool dense, Seen visible, Ahead& ahead) {
+    void fold(int n, Source source, Seen visible, Ahead& ahead) {
+        const bool dense = source != Source::PAGES;
         const Vectors key = key_.vectors(dense, n), value = value_.vectors(dense, n);
         const int key_storage = key_.storage(dense), value_storage = value_.storage(dense);
         if (rows_ < MATRIX_ROWS) {
@@ -110,16 +109,20 @@ class Fold {
 
     Accumulator result{nullptr, 0};
 
+  protected:
+    const Plan& plan_;
+    const Layout& layout_;
+    const int size_;
+    int queries_ = 0, rows_ = 0;
+    float* query_ = nullptr;  // (rows x head_size), for scores in base 2
+
   private:
     int block_rows(int row) const { return rows_ - row < ROW_BLOCK ? rows_ - row : ROW_BLOCK; }
 
     void score(int storage, const Vectors& key, int n, Ahead& ahead) {
         for (int row = 0; row < rows_; row += ROW_BLOCK) {
             float* scores = scores_ + row * BATCH;
-            if (dots_)
-                score_dots(storage, block_rows(row), half_query_ + row * size_, key, n, size_,
-                           plan_.call.scale * LOG2_E, scores, ahead);
-            else if (storage == INT4 + WHOLE)
+            if (storage == INT4 + WHOLE)
                 code_kernel(block_rows(row))(code_query_ + row * code_query_size(size_), key, n, size_, scores, ahead);
             else score_kernel(storage, block_rows(row))(query_ + row * size_, key, n, size_, scores, ahead);
         }
@@ -141,13 +144,7 @@ class Fold {
         }
     }
 
-    const Plan& plan_;
-    const Layout& layout_;
-    const int size_;
-    const bool dots_;  // scores come from half_query_, by dot_scores.h
-    int queries_ = 0, rows_ = 0;
-    uint16_t* half_query_ = nullptr;
-    float *query_ = nullptr, *code_query_ = nullptr, *scores_ = nullptr;
+    float *code_query_ = nullptr, *scores_ = nullptr;
     float *dense_ = nullptr, *transposed_ = nullptr;
     Batch key_, value_;
 };

@@ -4,6 +4,7 @@
 
 #include "../cpu/fp8.h"
 #include "../cpu/layout.h"
+#include "turn.h"
 
 #if defined(__AVX512BF16__)
 
@@ -11,7 +12,6 @@ namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int HALVES = 32;  // of one register
 
-constexpr int TILE = 16;         // rows that are multiplied together, and pairs of a register
 constexpr int PAIRS_DEPTH = 32;  // elements of as many pairs
 constexpr int PAIR_BATCH = 256;  // keys attended together
 

@@ -20,6 +20,7 @@ template <class Products>
 class PairFold {
   public:
     static constexpr int BATCH = PAIR_BATCH;
+    static constexpr bool SLOTS_APART = false;
 
     static bool serves(const Plan& plan) {
         const Layout& layout = plan.call.layout;
@@ -28,6 +29,8 @@ class PairFold {
     }
 
     explicit PairFold(const Plan& plan) : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size) {}
+
+    static int capacity(Source) { return BATCH; }
 
     void carve(Carver& carver) {
         const int rows = round_up(plan_.rows, TILE);
@@ -87,7 +90,7 @@ class PairFold {
     }
 
     template <class Seen>
-    void fold(int n, bool, Seen visible, Ahead&) {
+    void fold(int n, Source, Seen visible, Ahead&) {
         const float scale = plan_.call.scale * LOG2_E;
         const int padded = round_up(n, PAIRS_DEPTH);
         if (!has_folded_) memset(weighted_, 0, round_up(rows_, TILE) * size_ * sizeof(float));

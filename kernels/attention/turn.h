@@ -1,4 +1,4 @@
-// 16 x 16 blocks of 32 bits, turned, and rows of 16 bits, paired.
+// Blocks of 32 bits, turned, and rows of 16 bits, paired.
 #pragma once
 
 #include "../cpu/simd.h"
@@ -6,6 +6,8 @@
 #if defined(__AVX512F__)
 
 namespace sparsekv::SPARSEKV_ISA {
+
+constexpr int TILE = 16;  // rows that are multiplied together, and words of a register
 
 // Rows become columns.
 inline void turn16(__m512i (&a)[16]) {
@@ -33,6 +35,16 @@ inline void turn16(__m512i (&a)[16]) {
         a[j + 8] = _mm512_shuffle_i32x4(low, low2, 0xdd);
         a[j + 12] = _mm512_shuffle_i32x4(high, high2, 0xdd);
     }
+}
+
+// Each 4 x 4 block that takes the same 128 bits.
+inline void turn4(__m512i (&a)[4]) {
+    const __m512i low = _mm512_unpacklo_epi32(a[0], a[1]), high = _mm512_unpackhi_epi32(a[0], a[1]);
+    const __m512i low2 = _mm512_unpacklo_epi32(a[2], a[3]), high2 = _mm512_unpackhi_epi32(a[2], a[3]);
+    a[0] = _mm512_unpacklo_epi64(low, low2);
+    a[1] = _mm512_unpackhi_epi64(low, low2);
+    a[2] = _mm512_unpacklo_epi64(high, high2);
+    a[3] = _mm512_unpackhi_epi64(high, high2);
 }
 
 // Of memory; strides count elements.

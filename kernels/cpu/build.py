@@ -35,10 +35,14 @@ SOURCES = ("attention/cpu.cpp", "pack/cpu.cpp", "step/cpu.cpp", "window/cpu.cpp"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-w")
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2", "-mpopcnt", "-mlzcnt")
-_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2")
-_AVX512_BF16 = (*_AVX512, "-mavx512vbmi", "-mavx512bf16")
+_AVX512 = (
+    *_AVX2,
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *("-mavx512vbmi", "-mavx512vbmi2", "-mavx512vnni"),
+)
+_AVX512_BF16 = (*_AVX512, "-mavx512bf16")
 ISA_FLAGS: dict[str, tuple[str, ...]] = {
-    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"),
+    "amx": (*_AVX512_BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
     "avx512_bf16": _AVX512_BF16,
     "avx512": _AVX512,
     "avx2": _AVX2,
@@ -46,10 +50,13 @@ ISA_FLAGS: dict[str, tuple[str, ...]] = {
 }
 """Instruction sets from best to plainest, and what the compiler needs for each."""
 
-_AVX512_CPU = {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2"}
+_AVX512_CPU = {
+    *("avx512f", "avx512bw", "avx512dq", "avx512vl"),
+    *("avx512vbmi", "avx512_vbmi2", "avx512_vnni"),
+}
 _CPU_FLAGS = {
-    "amx": _AVX512_CPU | {"avx512vbmi", "avx512_bf16", "amx_tile", "amx_bf16"},
-    "avx512_bf16": _AVX512_CPU | {"avx512vbmi", "avx512_bf16"},
+    "amx": _AVX512_CPU | {"avx512_bf16", "amx_tile", "amx_bf16", "amx_int8"},
+    "avx512_bf16": _AVX512_CPU | {"avx512_bf16"},
     "avx512": _AVX512_CPU,
     "avx2": {"avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm"},
     "portable": set(),
