@@ -71,8 +71,9 @@ print-model:
 demo: $(SETUP) model
 	$(BIN)/python examples/demo.py $(MODEL)
 
-# A file a process, the longest first as tests/conftest.py orders them.
-PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+# A file a process, the longest first as tests/conftest.py orders them; two processes a core, as engines
+# that start or stop wait a third of the time.
+PYTEST := $(BIN)/pytest -n $$((2 * $$(nproc))) --dist loadfile --no-loadscope-reorder
 
 test: $(SETUP) model
 	$(PYTEST) tests

@@ -7,12 +7,12 @@ import sys
 from collections.abc import Iterator
 from unittest import mock
 
-# Each of several test processes gets cores of its own, which engines it starts inherit; before
-# torch is there, which takes a thread a core, as more of them wait for each other most of the time.
+# Each of several test processes keeps to some of the cores, and engines it starts inherit them;
+# before torch is there, which takes a thread a core, as more of them wait for each other.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    index, count = int(worker[2:]), int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, cores[index % len(cores) :: count])
+    os.sched_setaffinity(0, cores[int(worker[2:]) % len(cores) :: WORKERS])
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -25,20 +25,30 @@ settings.load_profile("repeatable")
 
 
 LONGEST = [
-    "test_interpreted_triton.py",
+    "test_interpreted_kernels.py",
     "test_aot.py",
-    "test_engine_families.py",
-    "test_engine_drafters.py",
+    "test_interpreted_engines.py",
+    "test_engine_nixl.py",
+    "test_engine_data_parallel.py",
     "test_engine_ray.py",
-    "test_engine_transfer.py",
     "test_engine_calibrate.py",
+    "test_serve.py",
+    "test_engine_restart.py",
+    "test_engine_families.py",
     "test_kernels_cpu.py",
     "test_build_cpu.py",
+    "test_engine_exact.py",
+    "test_engine_quality.py",
+    "test_cli.py",
 ]
-"""Minutes each, so they start first; several test processes take a file each."""
+"""Those that take longest start first."""
+
+QUICK = ["test_docs.py", "test_planning.py", "test_codecs.py", "test_format.py", "test_basis.py"]
+"""A test process is given its next file when it begins one: these wait for the longest of all."""
 
 SLOW = (
-    "test_interpreted_triton.py",
+    "test_interpreted_kernels.py",
+    "test_interpreted_engines.py",
     "test_aot.py",
     "test_build_cpu.py",
     "test_packaging.py",
@@ -62,9 +72,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif item.path.name in SLOW or _takes_long(item):
             item.add_marker("slow")
 
+    order = LONGEST[:WORKERS] + QUICK[:WORKERS] + LONGEST[WORKERS:]
+
     def place(item: pytest.Item) -> tuple[int, bool]:
         name = item.path.name
-        early = LONGEST.index(name) if name in LONGEST else len(LONGEST)
+        early = order.index(name) if name in order else len(order)
         return early, item.get_closest_marker("engine") is None
 
     items.sort(key=place)

@@ -8,6 +8,8 @@ import pytest
 from engines import engine, first_logprobs, generate, kv_cache_tokens, perplexity, prose_tokens
 from vllm import LLM
 
+pytestmark = pytest.mark.usefixtures("engines_in_process")
+
 HALF = {
     "key_sparsity": 0.5,
     "value_sparsity": 0.5,

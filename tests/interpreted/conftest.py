@@ -1,6 +1,6 @@
 """Triton decides at import whether it interprets, so these tests get a process of their own.
 
-``tests/test_interpreted_triton.py`` starts it; the ordinary run collects nothing here.
+``tests/interpreting.py`` starts it; the ordinary run collects nothing here.
 """
 
 from __future__ import annotations

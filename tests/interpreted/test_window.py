@@ -17,7 +17,7 @@ SMALL = matrix(
     AXES
     | {
         "batch": ("decode", "hits", "prompts", "chunks", "speculative"),
-        "head_size": (64, 80, 256),
+        "head_size": (64, 80),
         "group": (1,),
         "block_size": (16,),
         "codecs": (("auto", "auto"), ("int4", "int4")),
