@@ -30,7 +30,6 @@ from vllm_sparsekv.settings import SparseKVConfig
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BLOCK_SIZE = 64
-WINDOW = 64
 FORMATS = {
     "50 % auto": (0.5, 0.5, "auto", "auto"),
     "50 % fp8": (0.5, 0.5, "fp8", "fp8"),
@@ -157,7 +156,10 @@ def dense(shape: Shape) -> Callable[[], None]:
 
 
 def format_of(shape: Shape, chosen: tuple[float, float, str, str]) -> SparseFormat:
-    config = SparseKVConfig(*chosen, WINDOW, "auto", "any" if chosen[2] == "int4_int2" else "none")
+    """With the window that presets have for such vectors."""
+    names = ("key_sparsity", "value_sparsity", "key_dtype", "value_dtype")
+    basis = "any" if chosen[:2] == (0, 0) and chosen[2].startswith("int") else "none"
+    config = SparseKVConfig.from_dict(dict(zip(names, chosen, strict=True)) | {"basis": basis})
     return SparseFormat.from_config(config, shape.head_size, shape.dtype)
 
 
@@ -174,7 +176,7 @@ def sparse_memory(shape: Shape, fmt: SparseFormat) -> tuple[torch.Tensor, ...]:
     table = (torch.arange(shape.batch * ring) + 1).view(shape.batch, ring).int()
     shape_of_rings = (shape.batch * ring + 1, heads, slots, fmt.slot_elements)
     window = torch.zeros(shape_of_rings, dtype=fmt.window_dtype)
-    held = min(WINDOW, shape.context)
+    held = min(fmt.window, shape.context)
     newest = tiled(x, held * shape.batch)
     api.write_window(
         newest,

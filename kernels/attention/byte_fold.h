@@ -15,7 +15,6 @@ namespace sparsekv::SPARSEKV_ISA {
 class ByteFold : public Fold {
   public:
     static constexpr int BATCH = BYTE_BATCH;
-    static constexpr bool SLOTS_APART = true;
 
     static bool serves(const Plan& plan) {
         const Layout& layout = plan.call.layout;
@@ -28,11 +27,12 @@ class ByteFold : public Fold {
     explicit ByteFold(const Plan& plan) : Fold(plan) {}
 
     static int capacity(Source source) { return source == Source::ROWS ? Fold::BATCH : BATCH; }
+    static bool differ(Source a, Source b) { return (a == Source::ROWS) != (b == Source::ROWS); }
 
     void carve(Carver& carver) {
         Fold::carve(carver);
-        keys_.carve(carver, size_, layout_.key);
-        values_.carve(carver, size_, layout_.value);
+        keys_.carve(carver, size_, layout_.key, KEY_ORDER);
+        values_.carve(carver, size_, layout_.value, NATURAL_ORDER);
         stride_ = keys_.row_stride();
         lefts_ = round_up(plan_.rows * keys_.bands * DIGITS, TILE);
         digits_ = carver.take<int8_t>(lefts_ * stride_);
@@ -56,7 +56,7 @@ class ByteFold : public Fold {
 
     template <class Query>
     void begin(int queries, Query query) {
-        Fold::begin(queries, query);
+        decode_queries(queries, query);
         for (int row = 0; row < rows_; ++row) split_query(row);
         ByteProducts::begin(rows_ * keys_.bands * DIGITS);
     }
@@ -69,8 +69,8 @@ class ByteFold : public Fold {
     }
 
     void add_codes(const int8_t* key, const int8_t* value, float key_step, float value_step, int n) {
-        keys_.add_row(key, key_step, n, KEY_ORDER);
-        values_.add_row(value, value_step, n, NATURAL_ORDER);
+        keys_.add_row(key, key_step, n);
+        values_.add_row(value, value_step, n);
     }
 
     template <class Seen>
@@ -78,12 +78,12 @@ class ByteFold : public Fold {
         if (source == Source::ROWS) return Fold::fold(n, source, visible, ahead);
         const int columns = round_up(n, BYTE_COLUMNS);
         for (int i = n; i < columns; ++i) values_.units[0][i] = values_.zeros[0][i] = 0;
-        order_factors(columns, source == Source::SLOTS, ahead);
+        order_factors(columns, ahead);
         for (int i = 0; i < columns; i += BYTE_COLUMNS)
             ByteProducts::multiply<Signed::LEFT>(digits_, stride_, rows_ * keys_.bands * DIGITS,
                                                  right_keys_ + i * stride_ / 4, stride_, products_ + i * lefts_);
         for (int i = 0; i < columns; i += BYTE_COLUMNS)
-            for (int row = 0; row < rows_; ++row) score(row, i, source == Source::SLOTS ? 128 : 0);
+            for (int row = 0; row < rows_; ++row) score(row, i, keys_.has_rows() ? 128 : 0);
         const float soft_cap = plan_.call.soft_cap * LOG2_E;
         for (int query = 0, row = 0; query < queries_; ++query) {
             const Visible seen = visible(query);
@@ -97,6 +97,8 @@ class ByteFold : public Fold {
                                                   columns, products_);
             for (int row = 0; row < rows_; ++row) add_products(row, d);
         }
+        keys_.begin();
+        values_.begin();
     }
 
   private:
@@ -142,14 +144,14 @@ class ByteFold : public Fold {
     }
 
     // All of both at once: tiles that are loaded right after they are stored have to wait.
-    void order_factors(int columns, bool rows, Ahead& ahead) {
+    void order_factors(int columns, Ahead& ahead) {
         for (int i = 0; i < columns; i += BYTE_COLUMNS) {
             ahead.fetch(BYTE_COLUMNS);
-            keys_.turn(i, rows, right_keys_ + i * stride_ / 4);
+            keys_.turn(i, right_keys_ + i * stride_ / 4);
         }
         for (int d = 0; d < stride_; d += BYTE_COLUMNS) {
             ahead.fetch(columns * BYTE_COLUMNS / stride_);
-            values_.pack(d, columns, rows, right_values_ + d * BATCH / 4);
+            values_.pack(d, columns, right_values_ + d * BATCH / 4);
         }
     }
 

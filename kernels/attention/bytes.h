@@ -62,12 +62,13 @@ class Bytes64<8> {
     __m512i operator()(const int8_t* bytes) const { return _mm512_loadu_si512(bytes); }
 };
 
-// The keys, or the values, of a batch, all from pages or all rows of int8: an element is unit * (code - zero),
-// of its band. Keys of two bands and rows of int8 have a byte an element, in KEY_ORDER those of keys.
+// The keys, or the values, of a batch: an element is unit * (code - zero), of its band. They stay as they are in
+// pages until a row of int8 joins them, or if they have two bands: then all have a byte an element.
 class ByteVectors {
   public:
-    void carve(Carver& carver, int head_size, const VectorLayout& layout) {
+    void carve(Carver& carver, int head_size, const VectorLayout& layout, const ByteOrder& order) {
         layout_ = layout;
+        places_ = order.places;
         row_stride_ = round_up(head_size, BYTE_COLUMNS);
         bands = layout.storage == INT4_INT2 ? 2 : 1;
         codes_ = carver.take<int8_t>(BYTE_BATCH * row_stride_ + BYTE_COLUMNS);
@@ -87,10 +88,15 @@ class ByteVectors {
         memcpy(codes_ + n * bytes, source, count * bytes);
     }
 
+    void begin() { has_rows_ = false; }
+    bool has_rows() const { return has_rows_; }
+
     // Appends a row of int8 as number n, and what it counts in.
-    void add_row(const int8_t* row, float unit, int n, const ByteOrder& order) {
+    void add_row(const int8_t* row, float unit, int n) {
+        if (!has_rows_) spread(n);
+        has_rows_ = true;
         int8_t* out = codes_ + n * row_stride_;
-        const __m128i places = _mm_load_si128((const __m128i*)order.places);
+        const __m128i places = _mm_load_si128((const __m128i*)places_);
         for (int d = 0; d < layout_.survivors; d += 16)
             _mm_storeu_si128((__m128i*)(out + d), _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)(row + d)), places));
         for (int band = 0; band < bands; ++band) {
@@ -101,8 +107,8 @@ class ByteVectors {
 
     // As keys, 64 from number `first` on: the columns of (row_stride / 4 x BYTE_COLUMNS) of four elements
     // each, and bytes that count `middle` too much.
-    void turn(int first, bool rows, uint32_t* out) const {
-        if (rows || bands == 2) return turn_rows<8>(codes_ + first * row_stride_, row_stride_, rows, out);
+    void turn(int first, uint32_t* out) const {
+        if (has_rows_ || bands == 2) return turn_rows<8>(codes_ + first * row_stride_, row_stride_, has_rows_, out);
         const int8_t* codes = codes_ + first * layout_.value_bytes();
         switch (layout_.storage) {
             case INT2: return turn_rows<2>(codes, layout_.value_bytes(), false, out);
@@ -114,8 +120,8 @@ class ByteVectors {
     // As values, n of them, a multiple of 64: their elements from d on, (n / 4 x BYTE_COLUMNS) of four rows
     // each. Of 64 values row 4 i + j has those from 16 j + 4 i on; column 16 i + 4 j + k has element
     // 16 j + 4 i + k.
-    void pack(int d, int n, bool rows, uint32_t* out) const {
-        if (rows) return pack_rows<8>(codes_ + d, row_stride_, n, out);
+    void pack(int d, int n, uint32_t* out) const {
+        if (has_rows_) return pack_rows<8>(codes_ + d, row_stride_, n, out);
         const int8_t* codes = codes_ + d * storage_bits(layout_.storage) / 8;
         switch (layout_.storage) {
             case INT2: return pack_rows<2>(codes, layout_.value_bytes(), n, out);
@@ -130,6 +136,32 @@ class ByteVectors {
     float *units[2] = {nullptr, nullptr}, *zeros[2] = {nullptr, nullptr};
 
   private:
+    // The first n vectors, as in pages, to a byte an element, which counts about as much as one of int8: the digits
+    // of a row's weights have one unit. From the last one on, as bytes take more room.
+    void spread(int n) {
+        if (bands == 2) return;
+        switch (layout_.storage) {
+            case INT2: return spread<2>(n);
+            case INT3: return spread<3>(n);
+            default: return spread<4>(n);
+        }
+    }
+
+    template <int BITS>
+    void spread(int n) {
+        const Bytes64<BITS> bytes(places_ == KEY_ORDER.places ? KEY_SPREAD<BITS> : NATURAL_SPREAD<BITS>);
+        const int chunks = row_stride_ / BYTE_COLUMNS;
+        for (int i = n * chunks; i-- > 0;) {
+            const int vector = i / chunks, d = i % chunks * BYTE_COLUMNS;
+            const int8_t* source = codes_ + vector * layout_.value_bytes() + d * BITS / 8;
+            _mm512_storeu_si512(codes_ + vector * row_stride_ + d, _mm512_slli_epi16(bytes(source), 7 - BITS));
+        }
+        for (int i = 0; i < n; ++i) {
+            units[0][i] /= 1 << (7 - BITS);
+            zeros[0][i] *= 1 << (7 - BITS);
+        }
+    }
+
     void add_bands(const uint8_t* source, const uint8_t* scales, int count, int n) {
         const Bytes64<4> high(KEY_SPREAD<4>);
         const Bytes64<2> low(KEY_SPREAD<2>);
@@ -217,7 +249,9 @@ class ByteVectors {
     }
 
     VectorLayout layout_{};
+    const uint8_t* places_ = nullptr;  // of elements in rows of bytes
     int row_stride_ = 0;
+    bool has_rows_ = false;
     int8_t* codes_ = nullptr;  // as in a page, or rows of bytes
 };
 

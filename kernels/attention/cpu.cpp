@@ -40,6 +40,7 @@ class Worker {
             add_window();
             add_step();
         }
+        fold();
         folding_.end();
         if (request.parts == 1) return write();
         const Accumulator partial = partial_result(unit_.partial);
@@ -98,6 +99,7 @@ class Worker {
         const int context = unit_.request->context, block_size = call_.block_size;
         const int32_t* table = call_.batch.pages(unit_.index);
         look_ahead(table, first, last);
+        turn_to(Source::PAGES);
         for (int64_t block = first; block < last; ++block) {
             const Tile<const uint8_t> tile(plan_.tile(unit_, block), block_size, layout_);
             const int start = static_cast<int>(block) * block_size;
@@ -113,13 +115,12 @@ class Worker {
                     for (int j = 0; j < take; ++j) positions_[batch_ + j] = i + j;
                     batch_ += take;
                     i += take;
-                    if (take == room) fold(Source::PAGES);
+                    if (take == room) fold();
                 }
                 while (i < end && ring_.at(i)) ++i;
             }
-            if (start < first_seen_) fold(Source::PAGES);  // so that whole blocks follow, read in place
+            if (start < first_seen_) fold();  // so that whole blocks follow, read in place
         }
-        fold(Source::PAGES);
     }
 
     // The tiles of those blocks that nobody has asked for yet.
@@ -142,12 +143,14 @@ class Worker {
     }
 
     void add_window() {
+        turn_to(layout_.window_bytes == 1 ? Source::CODES : Source::ROWS);
+        if (batch_ && positions_[batch_ - 1] > ring_.first()) fold();  // visible() counts on their order
         for (int i = ring_.first(); i < unit_.request->context; ++i)
             if (const uint8_t* slot = ring_.at(i)) add_slot(slot, i);
-        if (Folding::SLOTS_APART && layout_.window_bytes == 1) fold(Source::SLOTS);
     }
 
     void add_step() {
+        turn_to(Source::ROWS);
         const int context = unit_.request->context, last = unit_.first_query + unit_.queries;
         const int first = first_seen_ > context ? first_seen_ - context : 0;
         step_begin_ = batch_ - first;
@@ -156,7 +159,6 @@ class Worker {
             add_dense(step_->key + (token * step_->key_stride + head) * layout_.element_bytes(),
                       step_->value + (token * step_->value_stride + head) * layout_.element_bytes(), context + i);
         }
-        fold(Source::ROWS);
     }
 
     void add_slot(const uint8_t* slot, int position) {
@@ -165,17 +167,23 @@ class Worker {
         const uint8_t* steps = value + layout_.slot_row_bytes() + sizeof(int32_t);
         folding_.add_codes(reinterpret_cast<const int8_t*>(slot), reinterpret_cast<const int8_t*>(value),
                            one_value(BFLOAT16, steps), one_value(BFLOAT16, steps + 2), batch_);
-        add_position(Source::SLOTS, position);
+        add_position(position);
     }
 
     void add_dense(const uint8_t* key, const uint8_t* value, int position) {
         folding_.add_row(key, value, batch_);
-        add_position(Source::ROWS, position);
+        add_position(position);
     }
 
-    void add_position(Source source, int position) {
+    void add_position(int position) {
         positions_[batch_] = position;
-        if (++batch_ == Folding::capacity(source)) fold(source);
+        if (++batch_ == Folding::capacity(source_)) fold();
+    }
+
+    // What is added next.
+    void turn_to(Source source) {
+        if (Folding::differ(source_, source)) fold();
+        source_ = source;
     }
 
     // What a query of the unit sees of the batch.
@@ -187,10 +195,10 @@ class Worker {
         return {passed, keys < 0 ? 0 : keys < batch_ ? keys : batch_};
     }
 
-    void fold(Source source) {
+    void fold() {
         if (batch_ == 0) return;
-        folding_.fold(batch_, source, [this](int query) { return visible(query); }, ahead_);
-        if (source != Source::PAGES) step_begin_ -= batch_;
+        folding_.fold(batch_, source_, [this](int query) { return visible(query); }, ahead_);
+        step_begin_ -= batch_;
         batch_ = 0;
     }
 
@@ -222,6 +230,7 @@ class Worker {
     int rows_ = 0;
 
     int batch_ = 0;  // keys collected
+    Source source_ = Source::PAGES;
     int positions_[BATCH];
     Ahead ahead_;
     float* changed_ = nullptr;

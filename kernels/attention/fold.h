@@ -12,17 +12,19 @@ namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int MATRIX_ROWS = 17;  // from this many rows of a unit on, a dense tile pays
 
-// Where keys and values of a batch come from; those of slots are rows of the model dtype or of int8.
-enum class Source { PAGES, SLOTS, ROWS };
+// What keys and values are: vectors of pages, or rows of int8, or of the model dtype.
+enum class Source { PAGES, CODES, ROWS };
 
 class Fold {
   public:
     static constexpr int BATCH = sparsekv::SPARSEKV_ISA::BATCH;
-    static constexpr bool SLOTS_APART = false;  // from rows of the step
 
     explicit Fold(const Plan& plan) : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size) {}
 
     static int capacity(Source) { return BATCH; }
+
+    // Whether the two cannot be in one batch.
+    static bool differ(Source a, Source b) { return (a == Source::PAGES) != (b == Source::PAGES); }
 
     void carve(Carver& carver) {
         query_ = carver.take<float>(plan_.rows * size_);
@@ -46,15 +48,7 @@ class Fold {
     // The rows of a unit, `group` each of its queries; query(i) is where those of one begin.
     template <class Query>
     void begin(int queries, Query query) {
-        const int width = plan_.group * size_;
-        queries_ = queries;
-        rows_ = queries * plan_.group;
-        result.clear(rows_, size_);
-        const float scale = plan_.call.scale * LOG2_E;
-        for (int i = 0; i < queries; ++i) {
-            decode_row(layout_.storage, query(i), width, query_ + i * width);
-            for (int j = 0; j < width; ++j) query_[i * width + j] *= scale;
-        }
+        decode_queries(queries, query);
         if (key_.storage(false) != INT4 + WHOLE || rows_ >= MATRIX_ROWS) return;
         for (int row = 0; row < rows_; row += ROW_BLOCK)
             order_queries(query_ + row * size_, block_rows(row), size_, code_query_ + row * code_query_size(size_));
@@ -110,6 +104,19 @@ class Fold {
     Accumulator result{nullptr, 0};
 
   protected:
+    template <class Query>
+    void decode_queries(int queries, Query query) {
+        const int width = plan_.group * size_;
+        queries_ = queries;
+        rows_ = queries * plan_.group;
+        result.clear(rows_, size_);
+        const float scale = plan_.call.scale * LOG2_E;
+        for (int i = 0; i < queries; ++i) {
+            decode_row(layout_.storage, query(i), width, query_ + i * width);
+            for (int j = 0; j < width; ++j) query_[i * width + j] *= scale;
+        }
+    }
+
     const Plan& plan_;
     const Layout& layout_;
     const int size_;

@@ -20,7 +20,6 @@ template <class Products>
 class PairFold {
   public:
     static constexpr int BATCH = PAIR_BATCH;
-    static constexpr bool SLOTS_APART = false;
 
     static bool serves(const Plan& plan) {
         const Layout& layout = plan.call.layout;
@@ -31,6 +30,7 @@ class PairFold {
     explicit PairFold(const Plan& plan) : plan_(plan), layout_(plan.call.layout), size_(layout_.head_size) {}
 
     static int capacity(Source) { return BATCH; }
+    static bool differ(Source, Source) { return false; }
 
     void carve(Carver& carver) {
         const int rows = round_up(plan_.rows, TILE);
