@@ -34,7 +34,7 @@ class ByteFold : public Fold {
         keys_.carve(carver, size_, layout_.key, KEY_ORDER);
         values_.carve(carver, size_, layout_.value, NATURAL_ORDER);
         stride_ = keys_.row_stride();
-        lefts_ = round_up(plan_.rows * keys_.bands * DIGITS, TILE);
+        lefts_ = keys_.bands * round_up(plan_.rows * DIGITS, TILE);
         digits_ = carver.take<int8_t>(lefts_ * stride_);
         digit_sums_ = carver.take<int32_t>(lefts_);
         query_units_ = carver.take<float>(plan_.rows);
@@ -58,7 +58,7 @@ class ByteFold : public Fold {
     void begin(int queries, Query query) {
         decode_queries(queries, query);
         for (int row = 0; row < rows_; ++row) split_query(row);
-        ByteProducts::begin(rows_ * keys_.bands * DIGITS);
+        ByteProducts::begin(rows_ * DIGITS);
     }
 
     void end() { ByteProducts::end(); }
@@ -79,9 +79,7 @@ class ByteFold : public Fold {
         const int columns = round_up(n, BYTE_COLUMNS);
         for (int i = n; i < columns; ++i) values_.units[0][i] = values_.zeros[0][i] = 0;
         order_factors(columns, ahead);
-        for (int i = 0; i < columns; i += BYTE_COLUMNS)
-            ByteProducts::multiply<Signed::LEFT>(digits_, stride_, rows_ * keys_.bands * DIGITS,
-                                                 right_keys_ + i * stride_ / 4, stride_, products_ + i * lefts_);
+        for (int i = 0; i < columns; i += BYTE_COLUMNS) multiply_keys(right_keys_ + i * stride_ / 4, products_ + i * lefts_);
         for (int i = 0; i < columns; i += BYTE_COLUMNS)
             for (int row = 0; row < rows_; ++row) score(row, i, keys_.has_rows() ? 128 : 0);
         const float soft_cap = plan_.call.soft_cap * LOG2_E;
@@ -111,6 +109,9 @@ class ByteFold : public Fold {
     // What makes the largest number of a row `most`; 0 where that is next to nothing.
     static float factor_of(float largest, float most) { return largest > 0x1p-100f ? most / largest : 0.f; }
 
+    // The row of a left factor where the digits of a row of the query begin.
+    int left_of(int row, int band) const { return (band * rows_ + row) * DIGITS; }
+
     // The digits of a row, the most significant first, band by band, in KEY_ORDER.
     void split_query(int row) {
         constexpr float MOST = 0x7f7f00;
@@ -121,7 +122,7 @@ class ByteFold : public Fold {
         const float most = largest(greatest), factor = factor_of(most, MOST);
         query_units_[row] = most / MOST;
         for (int band = 0; band < bands; ++band) {
-            const int left = (row * bands + band) * DIGITS, last = (band + 1) * band_size;
+            const int left = left_of(row, band), last = (band + 1) * band_size;
             int8_t* digits = digits_ + left * stride_;
             memset(digits, 0, DIGITS * stride_);
             F total{};
@@ -155,6 +156,17 @@ class ByteFold : public Fold {
         }
     }
 
+    // Of 64 keys: band by band, over its elements alone where that many can be multiplied.
+    void multiply_keys(const uint32_t* right, int32_t* out) const {
+        const int band_size = size_ / keys_.bands;
+        const bool alone = keys_.bands == 2 && band_size % ByteProducts::DEPTH == 0;
+        for (int band = 0; band < keys_.bands; ++band) {
+            const int left = left_of(0, band), first = alone ? band * band_size : 0, depth = alone ? band_size : stride_;
+            ByteProducts::multiply<Signed::LEFT>(digits_ + left * stride_ + first, stride_, rows_ * DIGITS,
+                                                 right + first / 4 * BYTE_COLUMNS, depth, out + left * BYTE_COLUMNS);
+        }
+    }
+
     // What the products of a row's digits are worth together, less what counts too much.
     static F worth(const int32_t* products, const I (&more)[DIGITS]) {
         F parts[DIGITS];
@@ -171,7 +183,7 @@ class ByteFold : public Fold {
     void score(int row, int first, int middle) {
         F scores[VECTORS] = {};
         for (int band = 0; band < keys_.bands; ++band) {
-            const int left = (row * keys_.bands + band) * DIGITS;
+            const int left = left_of(row, band);
             const float unit = query_units_[row], sum = query_sums_[row * keys_.bands + band];
             I more[DIGITS];
             for (int digit = 0; digit < DIGITS; ++digit) more[digit] = I{} + middle * digit_sums_[left + digit];
@@ -235,8 +247,8 @@ class ByteFold : public Fold {
     ByteVectors keys_, values_;
     int stride_ = 0;                 // elements of a row of bytes
     int lefts_ = 0;                  // rows of a left factor at most
-    int8_t* digits_ = nullptr;       // (rows x bands x DIGITS x stride)
-    int32_t* digit_sums_ = nullptr;  // (rows x bands x DIGITS)
+    int8_t* digits_ = nullptr;       // (bands x rows x DIGITS x stride)
+    int32_t* digit_sums_ = nullptr;  // (bands x rows x DIGITS)
     float* query_units_ = nullptr;   // of each row
     float* query_sums_ = nullptr;    // (rows x bands)
     uint32_t *right_keys_ = nullptr, *right_values_ = nullptr;

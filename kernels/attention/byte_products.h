@@ -13,6 +13,8 @@ enum class Signed { LEFT, RIGHT };
 #if defined(__AMX_INT8__)
 
 struct ByteProducts {
+    static constexpr int DEPTH = 64;  // what depths are multiples of
+
     // For products of `rows` rows at most.
     static void begin(int rows) {
         alignas(64) struct {
@@ -27,8 +29,8 @@ struct ByteProducts {
 
     static void end() { _tile_release(); }
 
-    // out (rows x BYTE_COLUMNS) = left (rows x depth) . right (depth / 4 x BYTE_COLUMNS); depth is a multiple of 64,
-    // and memory holds a multiple of TILE rows.
+    // out (rows x BYTE_COLUMNS) = left (rows x depth) . right (depth / 4 x BYTE_COLUMNS); memory holds a
+    // multiple of TILE rows.
     template <Signed SIGNED>
     static void multiply(const int8_t* left, int stride, int rows, const uint32_t* right, int depth, int32_t* out) {
         // Registers 0 to 3: out. 4: left. 5 to 7: right.
@@ -61,6 +63,8 @@ struct ByteProducts {
 
 class ByteProducts {
   public:
+    static constexpr int DEPTH = 4;
+
     static void begin(int) {}
     static void end() {}
 

@@ -39,20 +39,26 @@ inline constexpr ByteSpread<BITS> NATURAL_SPREAD{NATURAL_ORDER};
 template <int BITS>
 inline constexpr ByteSpread<BITS> KEY_SPREAD{KEY_ORDER};
 
-// 64 codes of BITS, or as many bytes, of one vector, a byte each. Reads 32 bytes of codes.
+// 64 codes of BITS, or as many bytes, of one vector, a byte each. Reads 32 bytes of codes, or those of the
+// first `count` codes alone.
 template <int BITS>
 class Bytes64 {
   public:
     explicit Bytes64(const ByteSpread<BITS>& spread)
         : bytes_(_mm512_load_si512(spread.bytes)), bits_(_mm512_load_si512(spread.bits)) {}
 
-    __m512i operator()(const int8_t* codes) const {
-        const __m512i packed = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)codes));
-        const __m512i spread = _mm512_multishift_epi64_epi8(bits_, _mm512_permutexvar_epi8(bytes_, packed));
-        return _mm512_and_si512(spread, _mm512_set1_epi8((1 << BITS) - 1));
+    __m512i operator()(const int8_t* codes) const { return spread(_mm256_loadu_si256((const __m256i*)codes)); }
+    __m512i operator()(const uint8_t* codes, int count) const {
+        const uint64_t bytes = (uint64_t(1) << (count < 64 ? count : 64) * BITS / 8) - 1;
+        return spread(_mm256_maskz_loadu_epi8(static_cast<__mmask32>(bytes), codes));
     }
 
   private:
+    __m512i spread(__m256i codes) const {
+        const __m512i bytes = _mm512_permutexvar_epi8(bytes_, _mm512_castsi256_si512(codes));
+        return _mm512_and_si512(_mm512_multishift_epi64_epi8(bits_, bytes), _mm512_set1_epi8((1 << BITS) - 1));
+    }
+
     const __m512i bytes_, bits_;
 };
 template <>
@@ -173,15 +179,14 @@ class ByteVectors {
                 zeros[band][i] = scale.zero / (band ? 32.f : 8.f);
             }
             int8_t* out = codes_ + i * row_stride_;
-            alignas(32) int8_t codes[64];
-            for (int d = 0; d < half; d += 64) {
-                memcpy(codes, source + d / 2, half - d < 64 ? (half - d) / 2 : 32);
-                _mm512_storeu_si512(out + d, high(codes));
+            if (half == 32) {  // one store, as the load that follows has to wait for two
+                const __m512i both = _mm512_inserti64x4(high(source, half), _mm512_castsi512_si256(low(source + 16, half)), 1);
+                _mm512_storeu_si512(out, both);
+                continue;
             }
-            for (int d = 0; d < half; d += 64) {
-                memcpy(codes, source + half / 2 + d / 4, half - d < 64 ? (half - d) / 4 : 16);
-                _mm512_storeu_si512(out + half + d, low(codes));
-            }
+            for (int d = 0; d < half; d += 64) _mm512_storeu_si512(out + d, high(source + d / 2, half - d));
+            for (int d = 0; d < half; d += 64)
+                _mm512_storeu_si512(out + half + d, low(source + half / 2 + d / 4, half - d));
         }
     }
 
