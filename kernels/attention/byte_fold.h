@@ -63,7 +63,8 @@ class ByteFold : public Fold {
 
     void end() { ByteProducts::end(); }
 
-    void add_run(const Tile<const uint8_t>& tile, int first, int count, int n, bool, Ahead&) {
+    void add_run(const Tile<const uint8_t>& tile, int first, int count, int n, bool, Ahead& ahead) {
+        ahead.fetch(2 * count);
         keys_.add_run(tile.key, first, count, n);
         values_.add_run(tile.value, first, count, n);
     }
@@ -78,7 +79,7 @@ class ByteFold : public Fold {
         if (source == Source::ROWS) return Fold::fold(n, source, visible, ahead);
         const int columns = round_up(n, BYTE_COLUMNS);
         for (int i = n; i < columns; ++i) values_.units[0][i] = values_.zeros[0][i] = 0;
-        order_factors(columns, ahead);
+        order_factors(columns);
         for (int i = 0; i < columns; i += BYTE_COLUMNS) multiply_keys(right_keys_ + i * stride_ / 4, products_ + i * lefts_);
         for (int i = 0; i < columns; i += BYTE_COLUMNS)
             for (int row = 0; row < rows_; ++row) score(row, i, keys_.has_rows() ? 128 : 0);
@@ -145,15 +146,9 @@ class ByteFold : public Fold {
     }
 
     // All of both at once: tiles that are loaded right after they are stored have to wait.
-    void order_factors(int columns, Ahead& ahead) {
-        for (int i = 0; i < columns; i += BYTE_COLUMNS) {
-            ahead.fetch(BYTE_COLUMNS);
-            keys_.turn(i, right_keys_ + i * stride_ / 4);
-        }
-        for (int d = 0; d < stride_; d += BYTE_COLUMNS) {
-            ahead.fetch(columns * BYTE_COLUMNS / stride_);
-            values_.pack(d, columns, right_values_ + d * BATCH / 4);
-        }
+    void order_factors(int columns) {
+        for (int i = 0; i < columns; i += BYTE_COLUMNS) keys_.turn(i, right_keys_ + i * stride_ / 4);
+        for (int d = 0; d < stride_; d += BYTE_COLUMNS) values_.pack(d, columns, right_values_ + d * BATCH / 4);
     }
 
     // Of 64 keys: band by band, over its elements alone where that many can be multiplied.

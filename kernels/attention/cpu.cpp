@@ -98,10 +98,10 @@ class Worker {
     void add_pages(int64_t first, int64_t last) {
         const int context = unit_.request->context, block_size = call_.block_size;
         const int32_t* table = call_.batch.pages(unit_.index);
-        look_ahead(table, first, last);
         turn_to(Source::PAGES);
         for (int64_t block = first; block < last; ++block) {
             const Tile<const uint8_t> tile(plan_.tile(unit_, block), block_size, layout_);
+            if (block + 1 < last) expect(plan_.tile(unit_, block + 1));
             const int start = static_cast<int>(block) * block_size;
             const int end = start + block_size < context ? start + block_size : context;
             for (int i = start > first_seen_ ? start : first_seen_; i < end;) {
@@ -123,17 +123,10 @@ class Worker {
         }
     }
 
-    // The tiles of those blocks that nobody has asked for yet.
-    void look_ahead(const int32_t* table, int64_t first, int64_t last) {
-        first += plan_.expected_blocks();
-        ahead_.next = ahead_.end = nullptr;
-        ahead_.table = table + (first < last ? first : last);
-        ahead_.last = table + last;
-        ahead_.tiles = plan_.tiles(unit_);
-        ahead_.tile_stride = call_.page_stride;
-        ahead_.token_bytes = layout_.token_bytes();
-        ahead_.tile_bytes = call_.block_size * ahead_.token_bytes;
-        ahead_.due = 0;
+    void expect(const uint8_t* tile) {
+        ahead_.next = tile;
+        ahead_.end = tile + call_.block_size * layout_.token_bytes();
+        ahead_.piece = layout_.token_bytes() + 8;
     }
 
     void add_sinks() {
@@ -254,9 +247,8 @@ void expect(const Plan& plan, int64_t number) {
     const AttentionCall& call = plan.call;
     const Unit unit = plan.unit(number);
     const Blocks blocks = plan.blocks(unit);
-    const int64_t known = blocks.first + plan.expected_blocks();
-    for (int64_t block = blocks.first; block < blocks.last && block < known; ++block)
-        prefetch(plan.tile(unit, block), int64_t(call.block_size) * call.layout.token_bytes());
+    if (blocks.first < blocks.last)
+        prefetch(plan.tile(unit, blocks.first), int64_t(call.block_size) * call.layout.token_bytes());
     const int context = unit.request->context;
     if (!call.window || unit.part + 1 < unit.request->parts) return;
     each_run(call, unit, first_held(call, context, plan.first_seen(*unit.request, unit.first_query)), context,

@@ -11,7 +11,6 @@
 namespace sparsekv::SPARSEKV_ISA {
 
 constexpr int TILE_ROWS = 192;  // query rows of one unit, where the group allows
-constexpr int AHEAD = 128;     // tokens of history that are asked for before they are read
 constexpr int MIN_PART = 256;  // tokens of history worth a unit of their own
 constexpr int UNITS_PER_THREAD = 4;
 
@@ -139,14 +138,8 @@ struct Plan {
 
     // A unit's tokens of a block.
     const uint8_t* tile(const Unit& unit, int64_t block) const {
-        return tiles(unit) + call.batch.pages(unit.index)[block] * call.page_stride;
+        return call.pages + call.batch.pages(unit.index)[block] * call.page_stride + unit.head * call.page_head_stride;
     }
-
-    // Its tokens of block 0 of all.
-    const uint8_t* tiles(const Unit& unit) const { return call.pages + unit.head * call.page_head_stride; }
-
-    // How many of a unit's blocks are asked for before it begins.
-    int64_t expected_blocks() const { return (AHEAD + call.block_size - 1) / call.block_size; }
 
     Unit unit(int64_t number) const {
         int low = 0, high = call.batch.num_reqs - 1;

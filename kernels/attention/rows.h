@@ -28,25 +28,16 @@ struct Vectors {
     const uint8_t* scales;  // as in a page, where is_packed()
 };
 
-// Tiles that are read some time later: each kernel asks for a piece now and then, so that the loads spread
-// over the work before.
+// Memory that is read next: each kernel asks for a piece now and then, so that the loads spread over
+// the work before.
 struct Ahead {
-    const uint8_t *next = nullptr, *end = nullptr;     // of one tile
-    const int32_t *table = nullptr, *last = nullptr;   // of those that follow
-    const uint8_t* tiles = nullptr;
-    int64_t tile_stride = 0, tile_bytes = 0, token_bytes = 0;
-    int64_t due = 0;  // bytes
+    const uint8_t *next = nullptr, *end = nullptr;
+    int64_t piece = 0;  // bytes for every key that is processed, half of them by either kernel
 
-    // For so many keys or values that are processed.
-    void fetch(int count) {
-        for (due += count * token_bytes / 2; due > 0; due -= 64, next += 64) {
-            if (next >= end) {
-                if (table == last) break;
-                next = tiles + *table++ * tile_stride;
-                end = next + tile_bytes;
-            }
-            __builtin_prefetch(next, 0, 2);
-        }
+    void fetch(int keys) {
+        const uint8_t* stop = next + keys * piece / 2;
+        if (stop > end) stop = end;
+        for (; next < stop; next += 64) __builtin_prefetch(next, 0, 2);
     }
 };
 
