@@ -158,8 +158,7 @@ def dense(shape: Shape) -> Callable[[], None]:
 def format_of(shape: Shape, chosen: tuple[float, float, str, str]) -> SparseFormat:
     """With the window that presets have for such vectors."""
     names = ("key_sparsity", "value_sparsity", "key_dtype", "value_dtype")
-    basis = "any" if chosen[:2] == (0, 0) and chosen[2].startswith("int") else "none"
-    config = SparseKVConfig.from_dict(dict(zip(names, chosen, strict=True)) | {"basis": basis})
+    config = SparseKVConfig.from_dict(dict(zip(names, chosen, strict=True)))
     return SparseFormat.from_config(config, shape.head_size, shape.dtype)
 
 

@@ -103,7 +103,6 @@ class ByteFold : public Fold {
   private:
     static constexpr int DIGITS = 3;
     static constexpr int VECTORS = BYTE_COLUMNS / LANES;
-    static constexpr I KEY_LANES = {0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15};
 
     static F magnitudes(F x) { return bits_to_float(float_to_bits(x) & INT32_MAX); }
 
@@ -118,6 +117,7 @@ class ByteFold : public Fold {
         constexpr float MOST = 0x7f7f00;
         const float* query = query_ + row * size_;
         const int bands = keys_.bands, band_size = size_ / bands;
+        const __m512i lanes = _mm512_cvtepu8_epi32(_mm_load_si128((const __m128i*)KEY_ORDER.places));
         F greatest{};
         for (int d = 0; d < size_; d += LANES) greatest = max(magnitudes(load(query + d)), greatest);
         const float most = largest(greatest), factor = factor_of(most, MOST);
@@ -132,7 +132,7 @@ class ByteFold : public Fold {
                 const F elements = load_first(query + d, last - d);
                 total += elements;
                 I number = (I)_mm512_cvtps_epi32(elements * factor) + 0x808080;
-                number = (I)_mm512_permutexvar_epi32((__m512i)KEY_LANES, (__m512i)number);
+                number = (I)_mm512_permutexvar_epi32(lanes, (__m512i)number);
                 for (int digit = DIGITS; digit-- > 0; number >>= 8) {
                     const I byte = (number & 255) - 128;
                     sums[digit] += byte;

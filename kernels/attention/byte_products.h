@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bytes.h"
+#include "tile_registers.h"
 
 #if defined(__AVX512VNNI__)
 
@@ -16,17 +17,7 @@ struct ByteProducts {
     static constexpr int DEPTH = 64;  // what depths are multiples of
 
     // For products of `rows` rows at most.
-    static void begin(int rows) {
-        alignas(64) struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {};
-        } config;
-        for (int tile = 0; tile < 8; ++tile) config.rows[tile] = tile < 5 && rows < TILE ? rows : TILE;
-        asm volatile("" : : "r"(&config) : "memory");  // the compiler believes that 8 bytes are read
-        _tile_loadconfig(&config);
-    }
-
+    static void begin(int rows) { configure_tiles(5, rows); }
     static void end() { _tile_release(); }
 
     // out (rows x BYTE_COLUMNS) = left (rows x depth) . right (depth / 4 x BYTE_COLUMNS); memory holds a

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "halves.h"
+#include "tile_registers.h"
 
 #if defined(__AMX_BF16__)
 
@@ -10,16 +11,7 @@ namespace sparsekv::SPARSEKV_ISA {
 struct Tiles {
     static constexpr int PARTS = 1;
 
-    static void begin() {
-        alignas(64) struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {TILE, TILE, TILE, TILE, TILE, TILE, TILE, TILE};
-        } config;
-        asm volatile("" : : "r"(&config) : "memory");  // the compiler believes that 8 bytes are read
-        _tile_loadconfig(&config);
-    }
-
+    static void begin() { configure_tiles(0, TILE); }
     static void end() { _tile_release(); }
 
     // out (rows x TILE) [+]= left (rows x depth) . the sum of right, each (depth / 2 x TILE) of
